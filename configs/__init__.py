@@ -1,0 +1,1 @@
+"""Recipes, and the typed Run that they return."""

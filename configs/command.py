@@ -1,0 +1,155 @@
+"""The frame of every command: flags in, exit code out, one message for each way to fail."""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import (
+    flags,
+    logging,  # noqa: F401  defines --verbosity
+)
+
+from configs import arguments, usage
+from configs.load import load
+
+OURS = 1  # exit code of any exception that is no Exit
+
+
+class Exit(Exception):
+    """Ends the command with `code` and one message, without a traceback."""
+
+    code = OURS
+
+
+class UserError(Exit, ValueError):
+    """What the user gave is wrong: a flag, a file, a recipe."""
+
+    code = 2
+
+
+class Unhealthy(Exit):
+    """Training went wrong numerically: NaN, spike."""
+
+    code = 3
+
+
+class LostPeer(Exit):
+    """Another process is gone or hangs, or a step never ends."""
+
+    code = 4
+
+
+class Unsaved(Exit):
+    """The last state of the run could not be saved."""
+
+    code = 5
+
+
+class Stopped(Exit):
+    """A signal asked the command to stop, and it did so in order."""
+
+    def __init__(self, signum: int, message: str = ""):
+        self.code = 128 + signum
+        super().__init__(message or f"stopped by {signal.Signals(signum).name}")
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Around code whose ValueErrors and OSErrors come from what the user gave.
+
+    That is the set-up: configuration, sources, tokenizer, mesh, checkpoint. Around a compiled
+    step it would hide our own faults.
+    """
+    try:
+        yield
+    except Exit:
+        raise
+    except OSError as error:
+        known = error.strerror and error.filename is not None
+        text = f"{_short(error.filename)}: {error.strerror.lower()}" if known else str(error)
+        raise UserError(text or repr(error)) from error
+    except ValueError as error:
+        raise UserError(str(error) or repr(error)) from error
+
+
+def run(
+    main: Callable[..., int | None], recipe: str | None = None, examples: Sequence[str] = ()
+) -> NoReturn:
+    """Run `main` as the command that sys.argv holds, and exit.
+
+    With a `recipe`, the default of --config, the command takes --config and --config.PATH and
+    its main is called with the Run. `examples` are arguments for --help, whose first lines are
+    the docstring of main's module.
+    """
+    code = status(main, sys.argv[1:], recipe, examples)
+    if code == LostPeer.code:  # exit handlers would wait for the peer
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def status(
+    main: Callable[..., int | None],
+    args: Sequence[str],
+    recipe: str | None = None,
+    examples: Sequence[str] = (),
+    values: flags.FlagValues = flags.FLAGS,
+) -> int:
+    """`run` without the exit: the exit code, after everything was printed."""
+    known = arguments.Known(values, tuple(_own(main, values)), recipe is not None)
+    try:
+        with user_input():
+            given = arguments.parse(args, known)
+        if given.help:
+            full = given.help == "helpfull"
+            doc = sys.modules[main.__module__].__doc__ or ""
+            _print(values.get_help() if full else usage.text(doc, known, recipe, examples))
+            return 0
+        if recipe is None:
+            return main() or 0
+        with user_input():
+            config = load(given.source or recipe, given.overrides)
+        return main(config) or 0
+    except Exit as error:
+        if flags.FLAGS["verbosity"].value > 0:
+            traceback.print_exc()
+        _tell(f"{'' if isinstance(error, Stopped) else 'error: '}{error}")
+        return error.code
+    except KeyboardInterrupt:
+        _tell("stopped by Ctrl-C")
+        return 128 + signal.SIGINT
+    except Exception:
+        sys.stdout.flush()
+        traceback.print_exc()
+        _tell("this is a fault of the program, not of your input; please report the lines above")
+        return OURS
+
+
+def _own(main: Callable, values: flags.FlagValues) -> list[str]:
+    """The flags that the module of `main` defines, in order."""
+    name = main.__module__
+    defined = values.flags_by_module_dict()
+    # absl files the flags of a script under the path by which it was started.
+    return [flag.name for flag in defined.get(sys.argv[0] if name == "__main__" else name, [])]
+
+
+def _short(path: Any) -> str:
+    text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else repr(path)
+    return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(message: str) -> None:
+    sys.stdout.flush()
+    print(f"{usage.program().removeprefix('-m ')}: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""Run: everything that a training run is, typed, and the checks that span its parts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from configs import fields
+from data.config import DataConfig
+from model.config import ModelConfig, at_least
+from optim.config import OptimConfig
+from sharding.layout import Layout
+from sharding.mesh import MeshConfig
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is told while the run goes on."""
+
+    every: int = 10  # steps between metrics
+
+    def __post_init__(self):
+        at_least("every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The held-out loss."""
+
+    every: int = 100  # steps; 0: at the end only
+    bytes: int = 1_000_000  # of held-out text, at most
+
+    def __post_init__(self):
+        at_least("every", self.every, 0)
+        at_least("bytes", self.bytes, 1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of the run is saved, and which saves stay."""
+
+    every: int = 1000  # steps; 0: at the end only
+    keep: int = 2  # newest saves that stay
+    keep_every: int = 0  # steps whose saves stay for ever; 0: none
+
+    def __post_init__(self):
+        at_least("every", self.every, 0)
+        at_least("keep", self.keep, 1)
+        at_least("keep_every", self.keep_every, 0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run."""
+
+    name: str = ""  # of the run's folder; empty: the recipe's file name
+    steps: int = 100
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: Layout = field(default_factory=Layout)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        if self.name[:1] in (".", "-", "~") or not self.name.isprintable() or "/" in self.name:
+            raise ValueError(f"name={self.name!r} must be a plain file name, such as my-run")
+        if len(self.name) > 100:
+            raise ValueError(f"name={fields.shown(self.name)} must have at most 100 characters")
+        if not 1 <= self.steps < 2**31:
+            raise ValueError(f"steps={self.steps} must be at least 1 and below 2**31")
+        if not 0 <= self.seed < 2**32:  # JAX keys keep 32 bits: 2**32 would be 0 again
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**32")
+
+
+def check(run: Run, devices: int) -> None:
+    """Raise ValueError unless `run` can be split over this many devices."""
+    try:
+        sizes = run.mesh.sizes(devices)
+    except ValueError as error:
+        raise ValueError(f"mesh: {error}") from error
+    batch, accumulate = run.data.batch, run.optim.accumulate
+    _divides("data: batch", batch, {**_ways(run, "batch", sizes), "accumulate": accumulate})
+    for name in ("embed", "kv_heads", "mlp", "vocab"):
+        axis = "heads" if name == "kv_heads" else name
+        fix = f", or --config.layout.{axis}=none"
+        _divides(f"model: {name}", getattr(run.model, name), _ways(run, axis, sizes), fix)
+
+
+def _ways(run: Run, axis: str, sizes: dict[str, int]) -> dict[str, int]:
+    """The mesh axes that split a logical axis, with their sizes."""
+    names = getattr(run.layout, axis)
+    names = (names,) if isinstance(names, str) else names or ()
+    return {name: sizes[name] for name in names}
+
+
+def _divides(what: str, size: int, ways: dict[str, int], fix: str = "") -> None:
+    factors = {name: n for name, n in ways.items() if n > 1}
+    total = math.prod(factors.values())
+    if size % total:
+        over = " x ".join(f"{name}={n}" for name, n in factors.items())
+        raise ValueError(
+            f"{what}={size} does not divide over {over}: it must be a multiple of {total}{fix}"
+        )
+
+
+def to_json(run: Run) -> dict[str, Any]:
+    """`run` as JSON values; `from_json` gives it back exactly."""
+    return fields.encode(run)
+
+
+def from_json(data: Any) -> Run:
+    """The Run in parsed JSON. ValueError for an unknown field, a wrong type or a wrong value."""
+    return fields.decode(Run, data)
+
+
+def describe(run: Run) -> str:
+    """One line per group: all of its own fields, and of nested groups what is not the default."""
+    default = {path: value for path, _, value in fields.leaves(Run())}
+    lines: dict[str, list[str]] = {}
+    for path, _, value in fields.leaves(run):
+        group, _, name = path.partition(".")
+        group, name = (group, name) if name else ("run", path)
+        if "." not in name or value != default.get(path):
+            lines.setdefault(group, []).append(f"{name}={fields.spell(value)}")
+    return "\n".join(f"{group:<10} {' '.join(words)}" for group, words in lines.items())

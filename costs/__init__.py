@@ -1,0 +1,1 @@
+"""What a step must do, held against what it did."""

@@ -1,0 +1,1 @@
+"""What is computed: the Transformer, its parts and their configuration."""

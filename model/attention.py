@@ -1,0 +1,74 @@
+"""The attention half of a block: project, rotate, attend, project back.
+
+Shapes: B rows, T tokens, D embed, K kv heads, G query heads per kv head, H head size;
+J = G + 2: a kv head's queries, then its key, then its value.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from model import kernels
+from model.config import ModelConfig
+from model.layers import Linear, RMSNorm
+from model.rope import Rotation, rotate
+from sharding.layout import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What every layer knows of the rows it works on."""
+
+    segments: jax.Array  # [B, T]; tokens of one document share a number, 0 is padding
+    rotations: dict[float, Rotation]  # by RoPE base
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention. Ainslie et al. 2023, arXiv:2305.13245.
+
+    Queries, keys and values come from one matmul. Its weight keeps kv heads as a dim of its own,
+    so that splitting them over devices crosses no reshape.
+    """
+
+    def __init__(self, cfg: ModelConfig, window: int, layout: Layout, rngs: nnx.Rngs):
+        attention, groups = cfg.arch.attention, cfg.heads // cfg.kv_heads
+        sizes = {"D": cfg.embed, "K": cfg.kv_heads, "J": groups + 2, "G": groups, "H": cfg.head_dim}
+        axes = {"D": "embed", "K": "heads"}
+        linear = functools.partial(
+            Linear, sizes=sizes, axes=axes, layout=layout, rngs=rngs, dtype=cfg.param_dtype
+        )
+        self.qkv = linear("BTD,KJHD->BTKJH", bias=attention.qkv_bias, batch="KJ")
+        narrow = 1 / math.sqrt(2 * cfg.layers)  # two branches a layer. Radford et al. 2019
+        self.out = linear("BTKGH,DKGH->BTD", bias=attention.out_bias, std=narrow)
+        norm = functools.partial(RMSNorm, cfg.head_dim, cfg.arch.norm.eps, cfg.param_dtype)
+        self.q_norm = norm() if attention.qk_norm else None
+        self.k_norm = norm() if attention.qk_norm else None
+        rope = cfg.arch.rope
+        self.theta = (window and rope.local_theta) or rope.theta
+        self.attend = functools.partial(
+            kernels.attention.plain,
+            scale=attention.scale or 1 / math.sqrt(cfg.head_dim),
+            window=window,
+            softcap=attention.softcap,
+        )
+
+    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        qkv_BTKJH = checkpoint_name(self.qkv(x_BTD), "qkv")
+        groups = qkv_BTKJH.shape[3] - 2
+        q_BTKGH, k_BTKH, v_BTKH = lax.split(qkv_BTKJH, (groups, 1, 1), axis=3)
+        if self.q_norm is not None:
+            q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
+        rotation = context.rotations[self.theta]
+        q_BTKGH, k_BTKH = rotate(q_BTKGH, rotation), rotate(k_BTKH, rotation)
+        k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
+        # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
+        attend = jax.shard_map(self.attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
+        o_BTKGH = checkpoint_name(attend(q_BTKGH, k_BTKH, v_BTKH, context.segments), "attention")
+        # Heads are split over tensor: the sum over them crosses devices.
+        return self.out(o_BTKGH)

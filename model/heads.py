@@ -1,0 +1,157 @@
+"""The language head and its loss, in chunks: the full logits never exist in memory.
+
+Shapes: B rows, T tokens, D embed, V vocabulary; N tokens of one device, C of one chunk;
+v and d: one device's part of V and D.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from model.config import Head, ModelConfig
+from model.layers import Role, normal
+from model.matmul import einsum
+from sharding.gather import axes_of
+from sharding.layout import Layout
+
+
+class LanguageHead(nnx.Module):
+    """Hidden states to logits over the vocabulary, and to the cross-entropy of the next token."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        shape, where = (cfg.vocab, cfg.embed), layout.spec("vocab", "embed")
+        own = None if cfg.arch.head.tied else normal(rngs, shape, where, 0.02, cfg.param_dtype)
+        self.table = None if own is None else nnx.Param(own, role=Role(decays=True))
+        self.head = cfg.arch.head
+        self.out = layout.spec("batch", None, "vocab")
+
+    def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        """[B, T, V] float32: for generation, and as the oracle of `loss`."""
+        z_BTV = einsum("BTD,VD->BTV", x_BTD, table_VD, out=self.out).astype(jnp.float32)
+        return cap(z_BTV, self.head.softcap)
+
+    def loss(
+        self, x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sum over all tokens of weight * (nats + z-loss), and of weight * nats alone.
+
+        Nats is -log softmax(logits)[target]; z-loss, log(Z)^2, keeps logits from drifting.
+        Nothing flows back from the second sum, nor to the weights.
+        """
+        return chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, self.head)
+
+
+def cap(z: jax.Array, softcap: float) -> jax.Array:
+    """Logits kept within +-softcap; 0: as they are. Gemma 2, arXiv:2408.00118."""
+    return softcap * jnp.tanh(z / softcap) if softcap else z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, head: Head):
+    """LanguageHead.loss. Differentiated, the forward pass computes the gradients too.
+
+    Logits of one chunk live at a time and are never computed twice: three matmuls in all, as many
+    as with all the logits in memory.
+    """
+    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, gradients=False)[0]
+
+
+def _chunked_loss_fwd(x_BTD, table_VD, targets_BT, weights_BT, head):
+    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, gradients=True)
+
+
+def _chunked_loss_bwd(head, gradients, cotangents):
+    g, _ = cotangents
+    dx_BTD, dtable_VD = gradients
+    return (dx_BTD * g).astype(dx_BTD.dtype), (dtable_VD * g).astype(dtable_VD.dtype), None, None
+
+
+chunked_loss.defvjp(_chunked_loss_fwd, _chunked_loss_bwd)
+
+
+def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradients: bool):
+    """((loss, nats), (dx, dtable) or None): each device works through its own rows and its own
+    part of the vocabulary."""
+    x_spec, table_spec = jax.typeof(x_BTD).sharding.spec, jax.typeof(table_VD).sharding.spec
+    body = functools.partial(
+        local_loss,
+        head=head,
+        gradients=gradients,
+        rows=axes_of(x_spec[0]),
+        vocab=axes_of(table_spec[0]),
+        embed=axes_of(table_spec[1]),
+    )
+    out = (jax.P(), jax.P()), ((x_spec, table_spec) if gradients else None)
+    return jax.shard_map(body, out_specs=out)(x_BTD, table_VD, targets_BT, weights_BT)
+
+
+def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows, vocab, embed):
+    """One device's part of `over_devices`. `rows`, `vocab`, `embed`: the mesh axes that split them."""
+    D, N = x_BTD.shape[-1], targets_BT.size
+    chunks = math.ceil(N / head.chunk)
+    C = math.ceil(N / chunks)
+
+    def in_chunks(a: jax.Array, *shape: int) -> jax.Array:
+        a = a.reshape(N, *shape)
+        return jnp.pad(a, ((0, chunks * C - N), *((0, 0) for _ in shape))).reshape(-1, C, *shape)
+
+    xs, targets, weights = in_chunks(x_BTD, D), in_chunks(targets_BT), in_chunks(weights_BT)
+    # Devices talk: the table's slices of D are gathered, in compute precision.
+    table_vD = table_vd.astype(x_BTD.dtype)
+    table_vD = lax.all_gather(table_vD, embed, axis=1, tiled=True) if embed else table_vD
+    v = table_vD.shape[0]
+    first = lax.axis_index(vocab) * v if vocab else 0
+
+    def over_vocab(collective, a):
+        return collective(a, vocab) if vocab else a
+
+    def one_chunk(carry, chunk):
+        sums, dtable_vD = carry
+        x_CD, target_C, weight_C = chunk
+        raw_Cv = jnp.einsum("CD,vD->Cv", x_CD, table_vD, preferred_element_type=jnp.float32)
+        z_Cv = cap(raw_Cv, head.softcap)
+        # Devices talk: each holds part of the vocabulary, and softmax needs all of it.
+        top_C = over_vocab(lax.pmax, jnp.max(z_Cv, axis=-1))
+        exp_Cv = jnp.exp(z_Cv - top_C[:, None])
+        total_C = over_vocab(lax.psum, jnp.sum(exp_Cv, axis=-1))
+        logz_C = jnp.log(total_C) + top_C
+        hit_Cv = jnp.arange(v) == (target_C - first)[:, None]
+        z_target_C = over_vocab(lax.psum, jnp.sum(jnp.where(hit_Cv, z_Cv, 0), axis=-1))
+        nats = jnp.sum(weight_C * (logz_C - z_target_C))
+        z_loss = head.z_loss * jnp.sum(weight_C * logz_C**2)
+        sums = (sums[0] + nats + z_loss, sums[1] + nats)
+        if not gradients:
+            return (sums, None), None
+        # d nats / dz = softmax - hit, and d log(Z)^2 / dz = 2 log(Z) softmax
+        slope_C = weight_C * (1 + 2 * head.z_loss * logz_C)
+        dz_Cv = exp_Cv * (slope_C / total_C)[:, None] - hit_Cv * weight_C[:, None]
+        if head.softcap:
+            dz_Cv *= 1 - (z_Cv / head.softcap) ** 2
+        dz_Cv = dz_Cv.astype(x_CD.dtype)
+        dx_CD = over_vocab(lax.psum, jnp.einsum("Cv,vD->CD", dz_Cv, table_vD))
+        dtable_vD += jnp.einsum("Cv,CD->vD", dz_Cv, x_CD, preferred_element_type=jnp.float32)
+        return (sums, dtable_vD), dx_CD
+
+    sums = tuple(lax.pcast(jnp.float32(0), rows, to="varying") if rows else jnp.float32(0) for _ in "ab")
+    dtable_vD = None
+    if gradients:
+        dtable_vD = jnp.zeros(table_vD.shape, jnp.float32)
+        varying = (*rows, *vocab)
+        dtable_vD = lax.pcast(dtable_vD, varying, to="varying") if varying else dtable_vD
+    (sums, dtable_vD), dxs = lax.scan(one_chunk, (sums, dtable_vD), (xs, targets, weights), unroll=chunks == 1)
+    # Devices talk: the loss is summed over all rows.
+    sums = tuple(lax.psum(s, rows) if rows else s for s in sums)
+    if not gradients:
+        return sums, None
+    dx_BTD = dxs.reshape(-1, D)[:N].reshape(x_BTD.shape)
+    # Devices talk: the table's gradient is reduce-scattered to where its slices of D live.
+    copies = tuple(axis for axis in rows if axis not in embed)
+    dtable_vd = (
+        lax.psum_scatter(dtable_vD, embed, scatter_dimension=1, tiled=True) if embed else dtable_vD
+    )
+    dtable_vd = lax.psum(dtable_vd, copies) if copies else dtable_vd
+    return sums, (dx_BTD, dtable_vd.astype(table_vd.dtype))

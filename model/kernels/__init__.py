@@ -1,0 +1,5 @@
+"""Engines behind one signature each; the plain one is the oracle of the others."""
+
+from model.kernels import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,153 @@
+"""The parts that blocks are made of: weights, norms and the embedding table.
+
+Shapes: B rows, T tokens, D embed, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from model import config
+from model.matmul import einsum
+from sharding.gather import axes_of
+from sharding.layout import Layout
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an optimizer asks of a parameter.
+
+    A matrix of a hidden layer has `outputs` dims and then, last, `inputs` dims, which are
+    contracted with the activations; dims before these number separate matrices, such as layers.
+    Tables, norms and biases have neither.
+    """
+
+    decays: bool = False
+    outputs: int = 0
+    inputs: int = 0
+
+
+def normal(
+    rngs: nnx.Rngs, shape: Sequence[int], spec: jax.P, std: float, dtype: str
+) -> jax.Array:
+    """Gaussian weights; each device draws its own part only."""
+    draw = jax.random.normal(rngs.params(), tuple(shape), jnp.float32, out_sharding=spec)
+    return (std * draw).astype(dtype)
+
+
+class Linear(nnx.Module):
+    """`einsum(spec, x, weight) + bias`. The weight's contracted dims come last.
+
+    `spec` names the dims ("BTD,FD->BTF"), `sizes` and `axes` give each of the weight's letters its
+    size and its logical axis, `batch` the letters that number separate matrices (gate and up).
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        sizes: dict[str, int],
+        axes: dict[str, str | None],
+        layout: Layout,
+        rngs: nnx.Rngs,
+        *,
+        dtype: str,
+        std: float = 1.0,  # of the outputs, for inputs of unit variance
+        bias: bool = False,
+        batch: str = "",
+    ):
+        x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
+        inputs = [letter for letter in w_dims if letter in x_dims]
+        shape = [sizes[letter] for letter in w_dims]
+        fan_in = math.prod(sizes[letter] for letter in inputs)
+        where = layout.spec(*(axes.get(letter) for letter in w_dims))
+        role = Role(True, len(w_dims) - len(inputs) - len(batch), len(inputs))
+        draw = normal(rngs, shape, where, std / math.sqrt(fan_in), dtype)
+        self.weight = nnx.Param(draw, role=role)
+        # D of the weight may be split over fsdp; D of the residual stream and of a bias is whole.
+        features = [None if letter == "D" else axes.get(letter) for letter in y_dims[2:]]
+        self.out = layout.spec("batch", None, *features)
+        zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=layout.spec(*features))
+        self.bias = nnx.Param(zeros) if bias else None
+        self.spec = spec
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = einsum(self.spec, x, self.weight[...], out=self.out)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dim, in float32. Zhang & Sennrich 2019, arXiv:1910.07467."""
+
+    def __init__(self, size: int, eps: float, dtype: str):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last dim, in float32. Ba et al. 2016."""
+
+    def __init__(self, size: int, eps: float, dtype: str, *, bias: bool):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if bias else None
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        y = x32 * self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def make_norm(norm: config.Norm, size: int, dtype: str) -> RMSNorm | LayerNorm:
+    """The norm that the config asks for, over dims of `size`."""
+    if norm.kind == "rms":
+        return RMSNorm(size, norm.eps, dtype)
+    return LayerNorm(size, norm.eps, dtype, bias=norm.bias)
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors. The table lies split over the vocabulary and over D."""
+
+    def __init__(
+        self, vocab: int, embed: int, layout: Layout, rngs: nnx.Rngs, *, dtype: str, std: float
+    ):
+        where = layout.spec("vocab", "embed")
+        draw = normal(rngs, (vocab, embed), where, std, dtype)
+        self.table = nnx.Param(draw, role=Role(decays=True))
+        self.ids = layout.spec("batch", None)
+        self.out = layout.spec("batch", None, None)
+
+    def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
+        """[B, T, D] in `dtype`.
+
+        Devices talk three times: each fsdp group shares its ids, looks all of them up in its slice
+        of D, and trades slices for rows; over tensor the parts of the vocabulary are summed.
+        """
+        spec = jax.typeof(self.table[...]).sharding.spec
+        vocab, embed = (axes_of(dim) for dim in spec)
+
+        def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
+            ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
+            own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
+            x_BTd = table_vd.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+            x_BTd = x_BTd.astype(dtype)
+            x_BTd = lax.psum(x_BTd, vocab) if vocab else x_BTd
+            if embed:
+                return lax.all_to_all(x_BTd, embed, split_axis=0, concat_axis=2, tiled=True)
+            return x_BTd
+
+        specs = (spec, self.ids)
+        return jax.shard_map(local, in_specs=specs, out_specs=self.out)(self.table[...], ids_BT)

@@ -1,0 +1,84 @@
+"""The optimizer of a run, as one optax chain.
+
+A gradient arrives with its parameter's sharding and so does the update; what lies between is
+optax, which knows nothing of meshes.
+"""
+
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import auto_axes
+from optax.contrib import MuonDimensionNumbers, muon
+
+from optim.config import OptimConfig
+from optim.schedule import make_schedule
+
+
+class Role(Protocol):
+    """What an optimizer asks of a parameter."""
+
+    decays: bool  # weight decay applies
+    outputs: int  # dims; 0 where the parameter is no hidden layer's matrix
+    inputs: int  # dims, the last ones
+
+
+def make_optimizer(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
+    """Clip, then the optimizer of `cfg.name` with its schedule and weight decay.
+
+    `roles`: a tree of Role, shaped like the parameters.
+    """
+    schedule = make_schedule(cfg, steps)
+    if cfg.name == "muon":
+        chain = [make_muon(cfg, steps, roles)]
+    else:
+        decays = jax.tree.map(lambda role: role.decays, roles)
+        decay = optax.add_decayed_weights(cfg.weight_decay, decays)
+        chain = [SCALES[cfg.name](cfg), decay, optax.scale_by_learning_rate(schedule)]
+    if cfg.clip:
+        chain.insert(0, optax.clip_by_global_norm(cfg.clip))
+    return optax.chain(*chain)
+
+
+SCALES = {
+    # Loshchilov & Hutter 2017, arXiv:1711.05101
+    "adamw": lambda cfg: optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2),
+    "sgd": lambda cfg: optax.trace(decay=cfg.b1),
+    # Chen et al. 2023, arXiv:2302.06675
+    "lion": lambda cfg: optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2),
+    # Shazeer & Stern 2018, arXiv:1804.04235
+    "adafactor": lambda cfg: optax.chain(
+        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(cfg.b1)
+    ),
+}
+def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
+    """Muon for hidden matrices, Adam without decay, at `adam_lr`, for the rest. Jordan et al. 2024.
+
+    Updates are scaled to AdamW's usual root mean square (Liu et al. 2025, arXiv:2502.16982), so
+    learning rate and weight decay carry over from AdamW.
+    """
+
+    def dims(role: Role) -> MuonDimensionNumbers | None:
+        if not role.inputs:
+            return None
+        inputs = tuple(range(-role.inputs, 0))
+        outputs = tuple(range(-role.inputs - role.outputs, -role.inputs))
+        return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    optimizer = muon(
+        make_schedule(cfg, steps),
+        beta=cfg.b1,
+        adam_b1=cfg.b1,
+        adam_b2=cfg.b2,
+        weight_decay=cfg.weight_decay,
+        adam_learning_rate=make_schedule(cfg, steps, cfg.adam_lr or cfg.lr),
+        muon_weight_dimension_numbers=jax.tree.map(dims, roles),
+        consistent_rms=0.2,
+    )
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # Products of a split matrix with itself: XLA chooses where devices talk.
+        where = jax.tree.map(lambda a: jax.typeof(a).sharding, (updates, state))
+        return auto_axes(optimizer.update, out_sharding=where)(updates, state, params)
+
+    return optax.GradientTransformation(optimizer.init, update)

@@ -1,0 +1,55 @@
+"""FSDP: each layer's weights, whole for the moment of their use.
+
+The backward pass of a gather is a reduce-scatter on every mesh. A plain `reshard` does not promise
+that: on a (data, fsdp) mesh XLA turns its transpose into an all-reduce and a slice. So the
+all-gather stands here by name, and so does what its transpose becomes.
+"""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+Axes = tuple[str, ...]
+
+
+def axes_of(dim: Any) -> Axes:
+    """The mesh axes that split one dim, from its entry in a partition spec."""
+    if dim is None:
+        return ()
+    return (dim,) if isinstance(dim, str) else tuple(dim)
+
+
+def without(dim: Any, axes: Axes) -> Any:
+    """A partition spec's entry after a gather over `axes`."""
+    left = tuple(axis for axis in axes_of(dim) if axis not in axes)
+    return left[0] if len(left) == 1 else left or None
+
+
+def gather(weight: Any, rows: Axes) -> Any:
+    """`weight` whole along the mesh axes `rows`, over which the activations' rows are split.
+
+    Forward: one all-gather for each dim that these axes split. Backward: a reduce-scatter there,
+    then an all-reduce over the rest of `rows`, of what the reduce-scatter left. Splits over other
+    axes (tensor) stay. The result is `reduced` over `rows`: it can only enter a matmul.
+
+    `weight` may be a pytree of arrays, such as int8 values and their scales.
+    """
+
+    def gather_array(w: jax.Array) -> jax.Array:
+        spec = jax.typeof(w).sharding.spec
+        split = [axis for dim in spec for axis in axes_of(dim)]
+        copies = tuple(axis for axis in rows if axis not in split)
+
+        def local(w: jax.Array) -> jax.Array:
+            w = lax.pcast(w, copies, to="reduced") if copies else w
+            for i, dim in enumerate(spec):
+                axes = tuple(axis for axis in axes_of(dim) if axis in rows)
+                if axes:
+                    w = lax.all_gather(w, axes, axis=i, tiled=True, to="reduced")
+            return w
+
+        whole = jax.P(*(without(dim, rows) for dim in spec), reduced=set(rows))
+        return jax.shard_map(local, in_specs=spec, out_specs=whole)(w)
+
+    return jax.tree.map(gather_array, weight)

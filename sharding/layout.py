@@ -1,0 +1,46 @@
+"""Layout: which mesh axis splits each logical axis.
+
+The model says what a dimension is; this says where it goes.
+"""
+
+from dataclasses import dataclass
+
+import jax
+
+MeshAxis = str | tuple[str, ...] | None
+AXES = ("data", "fsdp", "tensor")
+# Logical axes that are dims of one array, which no mesh axis can split twice.
+TOGETHER = tuple(
+    (first, last) for first in ("batch", "embed") for last in ("heads", "mlp", "vocab")
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which mesh axes split each logical axis; None keeps it whole on every device."""
+
+    batch: MeshAxis = ("data", "fsdp")  # rows of a batch
+    embed: MeshAxis = "fsdp"  # of parameters; gathered layer by layer
+    heads: MeshAxis = "tensor"  # kv heads, and the query heads that go with each
+    mlp: MeshAxis = "tensor"
+    vocab: MeshAxis = "tensor"
+
+    def __post_init__(self):
+        split = {
+            name: (value,) if isinstance(value, str) else value or ()
+            for name, value in vars(self).items()
+        }
+        for name, axes in split.items():
+            for axis in axes:
+                if axis not in AXES:
+                    raise ValueError(f"{name}={axis!r} is no mesh axis: {', '.join(AXES)}")
+                if axes.count(axis) > 1:
+                    raise ValueError(f"{name}={','.join(axes)} names {axis} twice")
+        for first, last in TOGETHER:
+            for axis in split[first]:
+                if axis in split[last]:
+                    raise ValueError(f"{first} and {last} of one array cannot both be on {axis}")
+
+    def spec(self, *names: str | None) -> jax.P:
+        """The partition of an array whose dims are these logical axes; None is an unsplit dim."""
+        return jax.P(*(name and getattr(self, name) for name in names))

@@ -1,0 +1,1 @@
+"""Offline commands, run as `python -m tools.X`."""
