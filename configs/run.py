@@ -49,6 +49,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    """The text that the model writes when the run is done."""
+
+    prompt: str = ""  # what it goes on from; empty: the beginning of a document
+    tokens: int = 128  # 0: no sample
+    temperature: float = 0.8  # 0: always the likeliest token
+
+    def __post_init__(self):
+        at_least("tokens", self.tokens, 0)
+        at_least("temperature", self.temperature, 0)
+
+
+@dataclass(frozen=True)
 class Run:
     """A training run."""
 
@@ -63,6 +76,7 @@ class Run:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):
         if self.name[:1] in (".", "-", "~") or not self.name.isprintable() or "/" in self.name:

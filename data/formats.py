@@ -160,8 +160,20 @@ def _sections(view, offset: int, length: int, section: int) -> list[tuple[int, i
     return [(a, b) for a, b in itertools.pairwise(places) if a < b]
 
 
-def _table(rows: list[tuple]) -> np.ndarray:
-    return np.array(rows, TABLE)
+class _Rows(list):
+    """Rows of a table in the making, which take little memory however many they are."""
+
+    def __init__(self):
+        self._full: list[np.ndarray] = []
+
+    def append(self, row: tuple) -> None:
+        super().append(row)
+        if len(self) == 1 << 16:
+            self._full.append(np.array(list(self), TABLE))
+            self.clear()
+
+    def table(self) -> np.ndarray:
+        return np.concatenate([*self._full, np.array(list(self), TABLE)])
 
 
 def _digest(view, offset: int, length: int) -> int:
@@ -182,22 +194,22 @@ def _scan_text(view, name: str, section: int, cut_short: str, bad: Bad) -> tuple
     length = len(view) - offset
     if cut_short:
         bad.add(name, cut_short)
-        return _table([]), 0
+        return np.zeros(0, TABLE), 0
     if not view[offset : offset + CHUNK].strip():
         bad.add(name, "empty")
-        return _table([]), 0
+        return np.zeros(0, TABLE), 0
     try:
         digest = _digest(view, offset, length)
     except UnicodeDecodeError as error:
         bad.add(f"{name}:{_line_of_error(view)}", f"not UTF-8: {error.reason}")
-        return _table([]), 0
-    rows, line, counted = [], 1, 0
+        return np.zeros(0, TABLE), 0
+    rows, line, counted = _Rows(), 1, 0
     for start, stop in _sections(view, offset, length, section):
         if start:
             line += view[offset + counted : offset + start].count(b"\n")
             counted = start
         rows.append((offset, length, start, stop, line, digest))
-    return _table(rows), 1
+    return rows.table(), 1
 
 
 def _line_of_error(view) -> int:
@@ -245,7 +257,7 @@ def _scan_lines(
     view, name: str, text_field: str, section: int, cut_short: str, bad: Bad
 ) -> tuple[np.ndarray, int]:
     """A file with a JSON object a line; blank lines are skipped."""
-    rows, usable, line = [], 0, 0
+    rows, usable, line = _Rows(), 0, 0
     offset, end = (len(BOM) if view[: len(BOM)] == BOM else 0), len(view)
     while offset < end:
         line += 1
@@ -267,7 +279,7 @@ def _scan_lines(
         bad.add(f"{name}:{line}", cut_short)
     elif not line:
         bad.add(name, "empty")
-    return _table(rows), usable
+    return rows.table(), usable
 
 
 def _scan_parquet(
@@ -285,11 +297,11 @@ def _scan_parquet(
         raise ValueError(f"{path} is not a Parquet file: {error}") from None
     if text_field not in columns:
         raise ValueError(f"{path} has no column {text_field!r}, but {', '.join(columns)}")
-    rows, bad, usable = [], Bad(), 0
+    rows, bad, usable = _Rows(), Bad(), 0
 
     def fill(out: BinaryIO) -> None:
         nonlocal rows, bad, usable
-        rows, bad, usable, offset, line = [], Bad(), 0, 0, 0
+        rows, bad, usable, offset, line = _Rows(), Bad(), 0, 0, 0
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(1024, columns=[text_field]):
                 for value in batch.column(0).to_pylist():
@@ -316,7 +328,7 @@ def _scan_parquet(
         blob = Blob(memory.getvalue())
     else:
         blob = Blob(store(key, fill_file))
-    return blob, _table(rows), usable, bad
+    return blob, rows.table(), usable, bad
 
 
 def _read_index(path: Path) -> tuple[np.ndarray, int, Bad] | None:

@@ -69,20 +69,22 @@ def sample(splits: Sequence[Split], size: int = SAMPLE) -> Iterator[str]:
                 f"{part.source.spec!r} holds tokens, no text to train a tokenizer on; "
                 f"set data.tokenizer={part.source.spec}"
             )
-    places = [(part.source, int(i)) for part in splits for i in part.train]
-    stops = np.cumsum([source.sizes[i] for source, i in places])
+    sizes = np.concatenate([part.source.sizes[part.train] for part in splits])
+    index = np.concatenate([part.train for part in splits])
+    owner = np.repeat(np.arange(len(splits)), [len(part.train) for part in splits])
+    stops = np.cumsum(sizes)
     total = int(stops[-1])
     if total <= size:
-        yield from (source.text(i) for source, i in places)
+        for k, i in zip(owner, index, strict=True):
+            yield splits[k].source.text(i)
         return
     count = max(size // BLOCK, 1)
     held, text = -1, ""
     for k in range(count):
         at = (2 * k + 1) * total // (2 * count)
         which = int(np.searchsorted(stops, at, side="right"))
-        source, i = places[which]
         if which != held:
-            held, text = which, source.text(i)
+            held, text = which, splits[owner[which]].source.text(index[which])
         # characters stand for bytes here: in which place a block begins matters to nobody
-        start = (at - int(stops[which] - source.sizes[i])) * len(text) // int(source.sizes[i])
+        start = (at - int(stops[which] - sizes[which])) * len(text) // int(sizes[which])
         yield text[start : start + BLOCK]

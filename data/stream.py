@@ -6,18 +6,16 @@ documents with a certain number of tokens; its rows are packed, then shuffled. A
 function of the sources, the tokenizer, `seq`, the weights and the seed.
 """
 
-import functools
-import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from data import packing
 from data.packing import Plan
+from data.shuffle import permute
 from data.split import Split
 from text.tokenizer import Tokenizer
 
@@ -25,17 +23,8 @@ WINDOW = 1 << 19  # tokens of a window, or WINDOW_ROWS rows if that is more
 WINDOW_ROWS = 256
 FIRST_WINDOW = 1 << 16  # tokens of window 0: soon ready; each that follows is twice as large
 READ = 1 << 16  # bytes of text tokenized at once, at least
-ROUNDS = 4  # of grain's shuffle: what its own datasets use
 
-
-def shuffle(index: int, size: int, *key: object) -> int:
-    """The place of `index` in a permutation of 0 to size - 1 that `key` names."""
-    return index_shuffle(index, max_index=size - 1, seed=_seed(key), rounds=ROUNDS)
-
-
-@functools.lru_cache(64)
-def _seed(key: tuple) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+ORDER = 1 << 12  # places of the shuffle worked out at once
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,7 @@ class Stream:
         self._tokenizer = tokenizer
         self._key = key
         self._bytes_per_token = 1.0
+        self._order: tuple[int, int, list[int]] | None = None  # epoch, first place, documents
         self.restore(0)
 
     def __len__(self) -> int:
@@ -78,13 +68,21 @@ class Stream:
         self.position += 1
         return self._ready.popleft()
 
+    def _at(self, position: int) -> tuple[int, int, int]:
+        """(source, epoch, index) of the document at `position` of the stream."""
+        epoch, place = divmod(position, len(self))
+        start = place - place % ORDER
+        if self._order is None or self._order[:2] != (epoch, start):
+            places = np.arange(start, min(start + ORDER, len(self)))
+            self._order = epoch, start, permute(places, len(self), *self._key, epoch).tolist()
+        i = self._order[2][place - start]
+        return int(self._number[i]), epoch, int(self._index[i])
+
     def _read(self, wanted: int) -> None:
         """Tokenize the next documents, about as many as hold `wanted` tokens."""
         samples, size = [], 0
         while not samples or size < max(wanted * self._bytes_per_token, READ):
-            epoch, place = divmod(self.position + len(samples), len(self))
-            i = shuffle(place, len(self), *self._key, epoch)
-            number, index = int(self._number[i]), int(self._index[i])
+            number, epoch, index = self._at(self.position + len(samples))
             samples.append((number, epoch, index))
             size += int(self._sources[number].sizes[index]) + 1
         found = {}
@@ -178,6 +176,6 @@ class _WindowIterator(grain.DatasetIterator):
             have += len(ids) - 1
         plan = packing.plan(np.array([len(ids) - 1 for ids in sequences]), self._windows.seq)
         key = ("rows", self._windows.seed, self._number)
-        rows = [shuffle(i, plan.rows, *key) for i in range(plan.rows)]
+        rows = permute(np.arange(plan.rows), plan.rows, *key).tolist()
         self._number += 1
         return Window(before, self.get_state(), samples, sequences, plan, rows)

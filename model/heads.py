@@ -90,7 +90,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradien
 
 
 def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows, vocab, embed):
-    """One device's part of `over_devices`. `rows`, `vocab`, `embed`: the mesh axes that split them."""
+    """One device's part of `over_devices`; rows, vocab, embed: the mesh axes that split them."""
     D, N = x_BTD.shape[-1], targets_BT.size
     chunks = math.ceil(N / head.chunk)
     C = math.ceil(N / chunks)
@@ -136,13 +136,17 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
         dtable_vD += jnp.einsum("Cv,CD->vD", dz_Cv, x_CD, preferred_element_type=jnp.float32)
         return (sums, dtable_vD), dx_CD
 
-    sums = tuple(lax.pcast(jnp.float32(0), rows, to="varying") if rows else jnp.float32(0) for _ in "ab")
+    sums = tuple(
+        lax.pcast(jnp.float32(0), rows, to="varying") if rows else jnp.float32(0) for _ in "ab"
+    )
     dtable_vD = None
     if gradients:
         dtable_vD = jnp.zeros(table_vD.shape, jnp.float32)
         varying = (*rows, *vocab)
         dtable_vD = lax.pcast(dtable_vD, varying, to="varying") if varying else dtable_vD
-    (sums, dtable_vD), dxs = lax.scan(one_chunk, (sums, dtable_vD), (xs, targets, weights), unroll=chunks == 1)
+    (sums, dtable_vD), dxs = lax.scan(
+        one_chunk, (sums, dtable_vD), (xs, targets, weights), unroll=chunks == 1
+    )
     # Devices talk: the loss is summed over all rows.
     sums = tuple(lax.psum(s, rows) if rows else s for s in sums)
     if not gradients:

@@ -32,9 +32,7 @@ class Role:
     inputs: int = 0
 
 
-def normal(
-    rngs: nnx.Rngs, shape: Sequence[int], spec: jax.P, std: float, dtype: str
-) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: Sequence[int], spec: jax.P, std: float, dtype: str) -> jax.Array:
     """Gaussian weights; each device draws its own part only."""
     draw = jax.random.normal(rngs.params(), tuple(shape), jnp.float32, out_sharding=spec)
     return (std * draw).astype(dtype)

@@ -57,10 +57,13 @@ def run_layers(
     x_BTD, extras = lax.scan(repetition, x_BTD, tuple(stacks), unroll=unroll)
     if rest:
         x_BTD, last = repetition(x_BTD, rest)
-        extras = tuple(
-            jax.tree.map(lambda all_, one: jnp.concatenate([all_, one[None]]), extra, own)
-            for extra, own in zip(extras, last, strict=False)
-        ) + extras[len(last) :]
+        extras = (
+            tuple(
+                jax.tree.map(lambda all_, one: jnp.concatenate([all_, one[None]]), extra, own)
+                for extra, own in zip(extras, last, strict=False)
+            )
+            + extras[len(last) :]
+        )
     return x_BTD, extras
 
 
@@ -123,12 +126,21 @@ class Transformer(nnx.Module):
         """The weight of the head, [V, D]: its own, or the embedding's."""
         return self.embedding.table[...] if self.head.table is None else self.head.table[...]
 
-    def loss(self, ids_BT, targets_BT, positions_BT, segments_BT, weights_BT):
-        """Weighted loss and nats (LanguageHead.loss) of predicting `targets_BT`."""
-        x_BTD = self(ids_BT, positions_BT, segments_BT)
-        return self.head.loss(x_BTD, self.table(), targets_BT, weights_BT)
+    def loss(
+        self,
+        inputs: jax.Array,
+        targets: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+        weights: jax.Array,
+    ) -> tuple[jax.Array, jax.Array]:
+        """(loss, nats) of predicting `targets`, as LanguageHead.loss sums them; all [B, T]."""
+        x_BTD = self(inputs, positions, segments)
+        return self.head.loss(x_BTD, self.table(), targets, weights)
 
-    def logits(self, ids_BT, positions_BT, segments_BT) -> jax.Array:
+    def logits(
+        self, ids_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+    ) -> jax.Array:
         """[B, T, V] float32."""
         return self.head.logits(self(ids_BT, positions_BT, segments_BT), self.table())
 

@@ -51,6 +51,8 @@ SCALES = {
         optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(cfg.b1)
     ),
 }
+
+
 def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
     """Muon for hidden matrices, Adam without decay, at `adam_lr`, for the rest. Jordan et al. 2024.
 

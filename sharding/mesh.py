@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,57 @@ def make(config: MeshConfig, devices: list | None = None) -> Mesh:
     sizes = config.sizes(len(devices))
     kinds = (AxisType.Explicit,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+
+
+def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Join the other processes of the run, before the first use of a device.
+
+    With no argument, as JAX finds them in the environment (SLURM, TPU pods, Kubernetes, Open MPI);
+    outside such an environment the process is alone. ValueError for arguments that do not fit.
+    """
+    given = (coordinator, processes, process)
+    if any(value is not None for value in given):
+        if any(value is None for value in given):
+            raise ValueError("--coordinator, --processes and --process go together: give all three")
+        if not 0 <= process < processes:
+            raise ValueError(f"--process={process} must be 0 to {processes - 1}")
+        jax.distributed.initialize(coordinator, processes, process)
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):
+            raise
+
+
+def own_rows(where: NamedSharding, rows: int) -> list[int]:
+    """The rows of a [rows, ...] array of this sharding that lie on this process' devices."""
+    places = where.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for (index,) in places for row in range(*index.indices(rows))})
+
+
+def place(arrays: dict[str, np.ndarray], where: NamedSharding, rows: int) -> dict[str, jax.Array]:
+    """Global [rows, ...] arrays out of each process' `own_rows`."""
+    own = own_rows(NamedSharding(where.mesh, jax.P(where.spec[0])), rows)
+
+    def placed(local: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows)
+            first = own.index(start)
+            return local[first : first + stop - start]
+
+        return jax.make_array_from_callback((rows, *local.shape[1:]), where, part)
+
+    return {name: placed(local) for name, local in arrays.items()}
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return jax.process_index() == 0
+
+
+def agree(value: int) -> int:
+    """The largest of the processes' values, on all of them; every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(np.max(multihost_utils.process_allgather(np.int64(value))))
