@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +168,13 @@ def build(run: Run) -> Program:
     graph, _, roles = transformer.abstract(run.model, run.layout)
     optimizer = make_optimizer(run.optim, run.steps, roles)
     program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps))
-    state = jax.eval_shape(lambda: init_state(program, 0))
+    whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = whole if leaf.sharding is None else NamedSharding(whole.mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    state = jax.tree.map(placed, jax.eval_shape(lambda: init_state(program, 0)))
     return dataclasses.replace(program, state=state)
 
 
@@ -182,12 +188,10 @@ class Text:
     loader: Loader
 
 
-def open_text(run: Run, saved: dict | None) -> tuple[Run, Text]:
-    """The run with its vocabulary resolved, and its text. `saved`: a checkpoint's tokenizer."""
+def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Text]:
+    """The run with its vocabulary resolved, and its text; `tokenizer`: that of a checkpoint."""
     sources = open_sources(run.data)
-    if saved:
-        tokenizer = tokenizers.from_json(json.dumps(saved))
-    else:
+    if tokenizer is None:
         tokenizer = tokenizers.load(run.data.tokenizer, lambda: sample_text(sources))
     try:
         run = dataclasses.replace(run, model=run.model.with_vocab(tokenizer.size))
@@ -210,49 +214,58 @@ MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "s
 class Origin:
     """Where the state of a run comes from: its own last save, another run's, or nowhere."""
 
-    saves: store.Store | None = None
-    step: int = 0
-    saved: dict | None = None  # what `Loop.save` noted beside the arrays
-    tokenizer: dict | None = None
+    saved: store.Saved | None = None
+    note: dict = field(default_factory=dict)  # what `Loop.save` noted beside the arrays
     own: bool = False  # the run's own last save
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.saved.step if self.saved else 0
 
     @classmethod
     def find(cls, run: Run, workdir: Path, restore: str | None) -> "Origin":
         """ValueError if `workdir` holds a run that this command does not go on with."""
         if (workdir / "config.json").is_file():
             refuse_other_run(workdir, run)
-        own = store.latest(workdir / "checkpoints") is not None
-        if not own and restore is None:
-            return cls()
-        folder, step = (workdir / "checkpoints", None) if own else store.locate(restore)
-        saves = store.Store(folder, read_only=True)
-        step, saved, tokenizer = saves.describe(step)
-        if step >= run.steps:
+        own = workdir / "checkpoints"
+        try:
+            saved = store.Saved.open(own)
+        except FileNotFoundError:
+            if restore is None:
+                return cls()
+            saved = store.locate(restore)
+        note = saved.json("run")
+        if saved.step >= run.steps:
             raise ValueError(
-                f"{folder} is at step {step} already, and steps={run.steps}; "
-                f"to go on, --config.steps={2 * step}, say"
+                f"{saved.path} is at step {saved.step}, and steps={run.steps}: there is nothing "
+                f"to do; to go on, --config.steps={2 * saved.step}, say"
             )
-        if saved["run"]["data"]["tokenizer"] != run.data.tokenizer:
+        before = note["run"]["data"]["tokenizer"]
+        if before != run.data.tokenizer:
             raise ValueError(
-                f"data.tokenizer={run.data.tokenizer!r}, but the checkpoint's ids are those of "
-                f"{saved['run']['data']['tokenizer']!r}"
+                f"data.tokenizer={run.data.tokenizer!r}, but the ids of {saved.path} are those "
+                f"of {before!r}"
             )
-        return cls(saves, step, saved, tokenizer, own)
+        return cls(saved, note, own=saved.path == own.absolute())
+
+    def tokenizer(self) -> tokenizers.Tokenizer | None:
+        """The one that the state was trained with."""
+        return self.saved and tokenizers.from_json(json.dumps(self.saved.json("tokenizer")))
 
     def restore(self, program: Program, loader: Loader) -> State:
         """The state, on the mesh in use; the loader goes on too, if its data is the same."""
         run = program.run
-        if self.saves is None:
+        if self.saved is None:
             return jax.jit(lambda: init_state(program, run.seed))()
-        state = self.saves.restore(program.state, self.step)
-        self.saves.close()
-        before = from_json(self.saved["run"])
+        state = self.saved.restore(program.state)
+        before = from_json(self.note["run"])
         same = (before.data, before.seed) == (run.data, run.seed)
         if same:
-            loader.restore(self.saved["data"])
+            loader.restore(self.note["data"])
         if meshes.is_main():
             place = "the data goes on" if same else "the data begins anew: data or seed differ"
-            print(f"restored step {self.step} of {self.saves.path.parent}; {place}")
+            print(f"restored   step {self.step} of {self.saved.path.parent}; {place}")
         return state
 
 
@@ -280,7 +293,7 @@ class Loop:
         run = program.run
         self.program, self.run, self.text, self.state = program, run, text, state
         self.step = origin.step
-        self.tokens = origin.saved["tokens"] if origin.saved else 0
+        self.tokens = origin.note.get("tokens", 0)
         self.saved_step = origin.step if origin.own else -1
         self.saves = store.Store(
             workdir / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every
@@ -449,7 +462,7 @@ def train(run: Run) -> None:
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
         profile = Profile(workdir / "profile", PROFILE.value)
         origin = Origin.find(run, workdir, RESTORE.value)
-        run, text = open_text(run, origin.tokenizer)
+        run, text = open_text(run, origin.tokenizer())
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
             load.save(run, workdir / "config.json")

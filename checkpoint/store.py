@@ -4,8 +4,10 @@ A checkpoint holds the arrays of the state, each under its dotted path, and as J
 needs to go on: the resolved run, the position in the data, the tokenizer.
 """
 
+import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +24,76 @@ def flatten(tree: Any) -> Arrays:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def latest(path: Path) -> int | None:
-    """The newest step saved in the folder `path`, which need not exist."""
-    return max(ocp.utils.checkpoint_steps(path), default=None) if path.is_dir() else None
-
-
-def locate(name: str) -> tuple[Path, int | None]:
-    """The checkpoints folder and the step (None: the newest) that `DIR[@STEP]` names.
+def locate(name: str) -> "Saved":
+    """The checkpoint that `DIR[@STEP]` names, the newest without a step.
 
     DIR is a run's folder or its checkpoints folder. FileNotFoundError if it holds no checkpoint.
     """
     name, at, step = name.partition("@")
     if at and not step.isdecimal():
-        raise ValueError(f"--restore={name}@{step}: {step!r} is no step; {name}@1000, say")
+        raise ValueError(f"{name}@{step}: {step!r} is no step; {name}@1000, say")
     found = Path(name).expanduser()
+    if not found.is_dir():
+        raise FileNotFoundError(f"{name} is no folder")
     found = found / "checkpoints" if (found / "checkpoints").is_dir() else found
-    if latest(found) is None:
-        raise FileNotFoundError(f"--restore={name}: there is no checkpoint")
-    return found, int(step) if step else None
+    return Saved.open(found, int(step) if step else None)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One checkpoint, to be read."""
+
+    path: Path  # the checkpoints folder
+    step: int
+
+    @classmethod
+    def open(cls, path: Path, step: int | None = None) -> "Saved":
+        """The checkpoint of `step`, or the newest. FileNotFoundError if there is none."""
+        steps = sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
+        if not steps:
+            raise FileNotFoundError(f"{path} holds no checkpoint")
+        if step is not None and step not in steps:
+            found = ", ".join(map(str, steps))
+            raise FileNotFoundError(f"{path} holds no step {step}, but {found}")
+        return cls(path.absolute(), steps[-1] if step is None else step)
+
+    def json(self, item: str) -> dict:
+        """What was saved as `item`: "run" or "tokenizer"."""
+        file = self.path / str(self.step) / item / "metadata"
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def restore(self, abstract: Any) -> Any:
+        """The state, shaped and placed as `abstract`, whatever mesh it was saved on.
+
+        ValueError, naming the array and both shapes, if it was saved from another model or
+        optimizer.
+        """
+        wanted = flatten(abstract)
+        args = ocp.args.PyTreeRestore(
+            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        )
+        folder = self.path / str(self.step)
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(),
+            run=ocp.JsonCheckpointHandler(),
+            tokenizer=ocp.JsonCheckpointHandler(),
+        )
+        with ocp.Checkpointer(handler) as reader:
+            tree = reader.metadata(folder).item_metadata["state"].tree
+            saved = {name: tuple(leaf.shape) for name, leaf in tree.items()}
+            _compare(saved, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
+            found = reader.restore(folder, args=ocp.args.Composite(state=args))["state"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
 
 
 class Store:
-    """Saves beside the computation, restores onto any mesh, keeps the newest."""
+    """Saves the checkpoints of a run beside its computation and keeps the newest."""
 
-    def __init__(self, path: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False):
+    def __init__(self, path: Path, *, keep: int = 2, keep_every: int = 0):
         """`keep`: newest checkpoints that stay; `keep_every`: steps that stay for ever, 0: none."""
         self.path = Path(path).absolute()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager(
             self.path, options=options, item_names=("state", "run", "tokenizer")
@@ -66,17 +106,16 @@ class Store:
     def save(self, step: int, state: Any, run: dict, tokenizer: dict) -> None:
         """Save `state`, a tree of arrays; returns once they are copied and writes beside the run.
 
-        An array that leads with the layers is written one layer a chunk, so that reading a layer
-        takes the memory of a layer. An error of an earlier save surfaces here.
+        An array that leads with the layers is written one layer a chunk (1 MiB at least), so that
+        reading a layer takes the memory of a layer. An error of an earlier save surfaces here.
         """
         arrays = flatten(state)
 
         def chunks(name: str, array: jax.Array) -> ocp.SaveArgs:
             if not STACKED.search(name) or array.ndim < 2:
                 return ocp.SaveArgs()
-            shard = array.sharding.shard_shape(array.shape)
-            layer = max(1, jax.numpy.dtype(array.dtype).itemsize * math.prod(shard[1:]))
-            return ocp.SaveArgs(chunk_byte_size=layer, shard_axes=(0,))
+            layer = math.prod(array.sharding.shard_shape(array.shape)[1:]) * array.dtype.itemsize
+            return ocp.SaveArgs(chunk_byte_size=max(layer, 1 << 20), shard_axes=(0,))
 
         args = {name: chunks(name, array) for name, array in arrays.items()}
         with jax.transfer_guard("allow"):
@@ -89,30 +128,6 @@ class Store:
                 ),
             )
 
-    def describe(self, step: int | None = None) -> tuple[int, dict, dict]:
-        """(step, run, tokenizer) of a checkpoint, without its arrays."""
-        step = self._step(step)
-        items = ocp.args.Composite(run=ocp.args.JsonRestore(), tokenizer=ocp.args.JsonRestore())
-        found = self._manager.restore(step, args=items)
-        return step, found["run"], found["tokenizer"]
-
-    def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """The state, shaped and placed as `abstract`, whatever mesh it was saved on.
-
-        ValueError, naming the array and both shapes, if it was saved from another model or
-        optimizer.
-        """
-        step = self._step(step)
-        wanted = flatten(abstract)
-        metadata = self._manager.item_metadata(step)["state"]
-        saved = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
-        _compare(saved, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
-        args = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-        )
-        found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
-
     def wait(self) -> None:
         """Until all saves are on disk; raises what went wrong with them."""
         self._manager.wait_until_finished()
@@ -121,16 +136,6 @@ class Store:
     def close(self) -> None:
         """Wait, then let go of threads."""
         self._manager.close()
-
-    def _step(self, step: int | None) -> int:
-        steps = sorted(self._manager.all_steps())
-        if not steps:
-            raise FileNotFoundError(f"{self.path} holds no checkpoint")
-        if step is not None and step not in steps:
-            raise FileNotFoundError(
-                f"{self.path} holds no step {step}, but {', '.join(map(str, steps))}"
-            )
-        return steps[-1] if step is None else step
 
 
 def _compare(saved: dict[str, tuple], wanted: dict[str, tuple]) -> None:

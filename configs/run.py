@@ -1,5 +1,6 @@
 """Run: everything that a training run is, typed, and the checks that span its parts."""
 
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,5 +139,7 @@ def describe(run: Run) -> str:
         group, _, name = path.partition(".")
         group, name = (group, name) if name else ("run", path)
         if "." not in name or value != default.get(path):
-            lines.setdefault(group, []).append(f"{name}={fields.spell(value)}")
+            text = fields.spell(value)
+            text = text if text.isprintable() and " " not in text else json.dumps(text)
+            lines.setdefault(group, []).append(f"{name}={text}")
     return "\n".join(f"{group:<10} {' '.join(words)}" for group, words in lines.items())
