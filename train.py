@@ -3,7 +3,6 @@
 The same command in the same --workdir goes on where it stopped.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -11,7 +10,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +22,10 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from checkpoint import store
-from configs import command, fields, load
-from configs.run import Run, check, describe, from_json, to_json
+from configs import command, load
+from configs.run import Run, check, describe, differences, from_json, to_json
 from costs import devices, flops, memory
+from costs.speed import Speed
 from data.held_out import HeldOut, held_out_batches
 from data.loader import Loader
 from data.sources import open_sources
@@ -126,9 +125,6 @@ def eval_step(program: "Program", params: Any, batch: Batch) -> tuple[jax.Array,
     return nats, jnp.sum(weights)
 
 
-# ---- building ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Program:
     """What a run computes: a model without its arrays, an optimizer, the shapes of both."""
@@ -207,8 +203,6 @@ def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Te
 
 # ---- the run -------------------------------------------------------------------------------------
 
-MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "sample")
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -227,7 +221,12 @@ class Origin:
     def find(cls, run: Run, workdir: Path, restore: str | None) -> "Origin":
         """ValueError if `workdir` holds a run that this command does not go on with."""
         if (workdir / "config.json").is_file():
-            refuse_other_run(workdir, run)
+            differ = differences(load.load(str(workdir / "config.json")), run)
+            if differ:
+                raise ValueError(
+                    f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
+                    f"and --restore={workdir} to start from its state"
+                )
         own = workdir / "checkpoints"
         try:
             saved = store.Saved.open(own)
@@ -238,8 +237,8 @@ class Origin:
         note = saved.json("run")
         if saved.step >= run.steps:
             raise ValueError(
-                f"{saved.path} is at step {saved.step}, and steps={run.steps}: there is nothing "
-                f"to do; to go on, --config.steps={2 * saved.step}, say"
+                f"{saved.path} is at step {saved.step} of steps={run.steps}: nothing to do; "
+                f"to go on, --config.steps={2 * saved.step}, say"
             )
         before = note["run"]["data"]["tokenizer"]
         if before != run.data.tokenizer:
@@ -269,23 +268,6 @@ class Origin:
         return state
 
 
-def refuse_other_run(workdir: Path, run: Run) -> None:
-    """ValueError, naming the fields, if the run in `workdir` is another than `run`."""
-    before = dict(leaf[::2] for leaf in fields.leaves(load.load(str(workdir / "config.json"))))
-    now = dict(leaf[::2] for leaf in fields.leaves(run))
-    differ = [
-        f"{name}={fields.spell(before[name])} there, {fields.spell(now[name])} here"
-        for name in now
-        if name.split(".")[0] not in MAY_CHANGE and now[name] != before[name]
-        if name != "model.vocab" or now[name]  # 0 is resolved in the file
-    ]
-    if differ:
-        raise ValueError(
-            f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
-            f"and --restore={workdir} to start from its state"
-        )
-
-
 class Loop:
     """The steps of a run, with all that happens between them."""
 
@@ -301,22 +283,24 @@ class Loop:
         self.metrics = Metrics(workdir, origin.step if origin.own else None, main=meshes.is_main())
         self.metrics.text("config", json.dumps(to_json(run), indent=2))
         self.progress = Progress(run.steps, origin.step, main=meshes.is_main())
-        self.speed = Speed(run)
+        self.speed = Speed(run.model, run.data.seq)
         self.pending: list[tuple[dict, float]] = []  # metrics on the device, seconds of data wait
         self.evaluate_batch = program.jit(eval_step)
 
     def run_steps(self, signals: Signals, profile: Profile) -> None:
         """Up to the last step, or to the end of the step in which a signal comes."""
-        run, train_batch = self.run, self.program.compile()
+        run = self.run
+        self.text.loader.start()  # reads while XLA compiles
+        train_batch = self.program.compile()
         self.speed.start()
         with jax.transfer_guard("disallow"):
             for step in range(self.step + 1, run.steps + 1):
                 profile.before(step)
                 batch = next(self.text.loader)
                 self.state, metrics = train_batch(self.state, self.program.place(batch.arrays))
-                profile.after(step, metrics)
                 if self.step % run.log.every == 0:
                     self.log()  # the step before, while the device works on this one
+                profile.after(step, metrics)
                 self.step = step
                 self.pending.append((metrics, self.text.loader.waited_s))
                 self.progress.step(step)
@@ -398,10 +382,8 @@ class Loop:
         """End the command, the state saved."""
         self.saves.wait()
         if self.saved_step == self.step:
-            name = signal.Signals(signum).name
-            raise command.Stopped(
-                signum, f"stopped by {name}, step {self.step} saved; the same command goes on"
-            )
+            text = f"stopped by {signal.Signals(signum).name}, step {self.step} saved"
+            raise command.Stopped(signum, f"{text}; the same command goes on")
 
     def __enter__(self) -> "Loop":
         return self
@@ -412,40 +394,6 @@ class Loop:
         self.saves.close()
         if error is None and self.saved_step != self.step:
             raise command.Unsaved(f"the state of step {self.step} could not be saved")
-
-
-class Speed:
-    """The clock of the steps, which stops while something else is done."""
-
-    def __init__(self, run: Run):
-        found = jax.devices()
-        self.flops = flops.flops_per_token(run.model, run.data.seq)
-        self.rate = devices.together(devices.measured_matmul_rate(run.model.dtype), found)
-        peak = devices.peak_flops(found[0], run.model.dtype)
-        self.peak = peak and devices.together(peak, found)
-
-    def start(self) -> None:
-        """The first step begins."""
-        self._since = time.perf_counter()
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time that belongs to no step."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
-
-    def over(self, steps: int, tokens: int) -> dict[str, float | None]:
-        """The figures of the steps since the last call."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        work = tokens / seconds * self.flops
-        return {
-            "tokens_per_s": tokens / seconds,
-            "step_s": seconds / steps,
-            "mfu": work / self.peak if self.peak else None,
-            "matmul_fraction": work / self.rate,
-        }
 
 
 def due(step: int, every: int) -> bool:
@@ -466,11 +414,10 @@ def train(run: Run) -> None:
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
             load.save(run, workdir / "config.json")
-    with jax.set_mesh(meshes.make(run.mesh)), text.loader, Signals() as signals:
+    with jax.set_mesh(meshes.make(run.mesh)), text.loader, profile, Signals() as signals:
         program = build(run)
         with command.user_input():
             state = origin.restore(program, text.loader)
-        text.loader.start()
         with Loop(program, text, state, origin, workdir) as loop:
             print_run(program, text, loop.speed, workdir)
             loop.run_steps(signals, profile)
@@ -481,25 +428,25 @@ def print_run(program: Program, text: Text, speed: Speed, workdir: Path) -> None
     """What is about to run."""
     if not meshes.is_main():
         return
-    run, found = program.run, jax.devices()
-    held = memory.state_bytes(vars(program.state))
-    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held.items() if size > 99)
-    sizes = jax.sharding.get_mesh().shape
-    print(describe(run))
-    for source in text.sources:
-        print(f"source     {source.describe()}")
-    print(f"folder     {workdir}")
-    print(
-        f"parameters {flops.params(run.model):,}, {run.data.batch * run.data.seq:,} tokens a step"
-    )
-    print(
-        f"mesh       {' x '.join(f'{axis}={n}' for axis, n in sizes.items())}; each device: {parts}"
-    )
-    print(
-        f"hardware   {len(found)} x {found[0].device_kind}, {speed.rate / 1e9:,.0f} GFLOP/s "
-        f"{run.model.dtype} matmul measured",
-        flush=True,
-    )
+    run = program.run
+    sizes = " x ".join(f"{axis}={n}" for axis, n in jax.sharding.get_mesh().shape.items())
+    held = memory.state_bytes(vars(program.state)).items()
+    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held if size > 99)
+    tokens, rate = run.data.batch * run.data.seq, speed.rate / 1e9
+    lines = [
+        describe(run),
+        *(f"source     {source.describe()}" for source in text.sources),
+        f"folder     {workdir}",
+        f"parameters {flops.params(run.model):,}, {tokens:,} tokens a step",
+        f"devices    {sizes}; each holds {parts}",
+        f"hardware   {hardware()}, {rate:,.0f} GFLOP/s measured in {run.model.dtype} matmuls",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def hardware() -> str:
+    """All devices, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def finish(loop: Loop, workdir: Path) -> None:
@@ -523,9 +470,9 @@ def finish(loop: Loop, workdir: Path) -> None:
         loop.metrics.text("sample", written, run.steps)
         loop.progress.print(f"\n{written}\n")
     if meshes.is_main():
-        page, found = workdir / "report.html", jax.devices()
+        page = workdir / "report.html"
         facts = {
-            "Hardware": f"{len(found)} x {found[0].device_kind}",
+            "Hardware": hardware(),
             "Parameters": f"{flops.params(run.model):,}",
             "Command": shlex.join(["python", *sys.argv]),
         }

@@ -12,6 +12,8 @@ from optim.config import OptimConfig
 from sharding.layout import Layout
 from sharding.mesh import MeshConfig
 
+MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "sample")
+
 
 @dataclass(frozen=True)
 class LogConfig:
@@ -129,6 +131,20 @@ def to_json(run: Run) -> dict[str, Any]:
 def from_json(data: Any) -> Run:
     """The Run in parsed JSON. ValueError for an unknown field, a wrong type or a wrong value."""
     return fields.decode(Run, data)
+
+
+def differences(before: Run, now: Run) -> list[str]:
+    """The fields in which `now` is another run than `before`, with both values.
+
+    A run stays the same when it moves to another mesh, trains longer, or is told about more often.
+    """
+    there = {path: value for path, _, value in fields.leaves(before)}
+    return [
+        f"{path}={fields.spell(there[path])} there, {fields.spell(value)} here"
+        for path, _, value in fields.leaves(now)
+        if path.split(".")[0] not in MAY_CHANGE and value != there[path]
+        if path != "model.vocab" or value  # 0 is resolved before it is saved
+    ]
 
 
 def describe(run: Run) -> str:

@@ -34,9 +34,15 @@ class Profile:
             import jax
 
             jax.block_until_ready(result)
-            self.close()
+            self._stop()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         """Write what was traced so far."""
         if self._running:
             import jax
