@@ -9,7 +9,7 @@ class DataConfig:
 
     sources: tuple[str, ...] = ("stdlib",)  # "stdlib", files, directories, globs
     weights: tuple[float, ...] = ()  # share of the tokens per source; empty: by size
-    tokenizer: str = "bytes"  # "bytes", "bpe:SIZE" (trained on the sources), a tokenizer.json
+    tokenizer: str = "bytes"  # "bytes", "bpe:SIZE[:lines]" trained on the sources, a tokenizer.json
     held_out: float = 0.01  # share of the documents kept for evaluation, by hash of their content
     batch: int = 8  # rows per step, over all devices
     seq: int = 256  # tokens per row

@@ -44,8 +44,7 @@ class SelfAttention(nnx.Module):
             Linear, sizes=sizes, axes=axes, layout=layout, rngs=rngs, dtype=cfg.param_dtype
         )
         self.qkv = linear("BTD,KJHD->BTKJH", bias=attention.qkv_bias, batch="KJ")
-        narrow = 1 / math.sqrt(2 * cfg.layers)  # two branches a layer. Radford et al. 2019
-        self.out = linear("BTKGH,DKGH->BTD", bias=attention.out_bias, std=narrow)
+        self.out = linear("BTKGH,DKGH->BTD", bias=attention.out_bias, std=cfg.residual_std)
         norm = functools.partial(RMSNorm, cfg.head_dim, cfg.arch.norm.eps, cfg.param_dtype)
         self.q_norm = norm() if attention.qk_norm else None
         self.k_norm = norm() if attention.qk_norm else None

@@ -89,6 +89,22 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Init:
+    """How parameters begin: Gaussian, norms at one, biases at zero.
+
+    Matrices keep the variance of their inputs: std 1 / sqrt(fan-in).
+    """
+
+    embed: float = 0.02  # std of the embedding table
+    head: float = 0.02  # std of an untied head; 0 begins with uniform predictions
+    residual: float = 1.0  # times 1 / sqrt(2 layers), what a branch adds. Radford et al. 2019
+
+    def __post_init__(self):
+        for name in ("embed", "head", "residual"):
+            at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
 class Arch:
     """The kind of Transformer: what a family of models shares at every size."""
 
@@ -99,6 +115,7 @@ class Arch:
     activation: str = "swiglu"  # gated: swiglu, geglu; plain: gelu, relu, relu2
     mlp_bias: bool = False
     embed_scale: bool = False  # multiply embeddings by sqrt(embed)
+    init: Init = Init()
 
     def __post_init__(self):
         one_of("activation", self.activation, MLPS)
@@ -132,6 +149,11 @@ class ModelConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("param_dtype", self.param_dtype, DTYPES)
         one_of("remat", self.remat, REMATS)
+
+    @property
+    def residual_std(self) -> float:
+        """What a branch of a layer adds to the residual stream at first, as a share of unit."""
+        return self.arch.init.residual / (2 * self.layers) ** 0.5
 
     def with_vocab(self, tokens: int) -> "ModelConfig":
         """This config for a tokenizer of `tokens` ids; ValueError if its vocabulary is smaller."""

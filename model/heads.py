@@ -24,8 +24,12 @@ class LanguageHead(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         shape, where = (cfg.vocab, cfg.embed), layout.spec("vocab", "embed")
-        own = None if cfg.arch.head.tied else normal(rngs, shape, where, 0.02, cfg.param_dtype)
-        self.table = None if own is None else nnx.Param(own, role=Role(decays=True))
+        own = (
+            None
+            if cfg.arch.head.tied
+            else normal(rngs, shape, where, cfg.arch.init.head, cfg.param_dtype)
+        )
+        self.table = None if own is None else nnx.Param(own, role=Role("head"))
         self.head = cfg.arch.head
         self.out = layout.spec("batch", None, "vocab")
 
@@ -119,7 +123,7 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
         exp_Cv = jnp.exp(z_Cv - top_C[:, None])
         total_C = over_vocab(lax.psum, jnp.sum(exp_Cv, axis=-1))
         logz_C = jnp.log(total_C) + top_C
-        hit_Cv = jnp.arange(v) == (target_C - first)[:, None]
+        hit_Cv = jnp.arange(v)[None] == (target_C - first)[:, None]
         z_target_C = over_vocab(lax.psum, jnp.sum(jnp.where(hit_Cv, z_Cv, 0), axis=-1))
         nats = jnp.sum(weight_C * (logz_C - z_target_C))
         z_loss = head.z_loss * jnp.sum(weight_C * logz_C**2)

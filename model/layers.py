@@ -22,12 +22,11 @@ from sharding.layout import Layout
 class Role:
     """What an optimizer asks of a parameter.
 
-    A matrix of a hidden layer has `outputs` dims and then, last, `inputs` dims, which are
+    A "matrix" of a hidden layer has `outputs` dims and then, last, `inputs` dims, which are
     contracted with the activations; dims before these number separate matrices, such as layers.
-    Tables, norms and biases have neither.
     """
 
-    decays: bool = False
+    kind: str = "vector"  # or "matrix", "embedding", "head"
     outputs: int = 0
     inputs: int = 0
 
@@ -36,6 +35,11 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], spec: jax.P, std: float, dtype:
     """Gaussian weights; each device draws its own part only."""
     draw = jax.random.normal(rngs.params(), tuple(shape), jnp.float32, out_sharding=spec)
     return (std * draw).astype(dtype)
+
+
+def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
+    """A weight of x's last dims, with the rank of x."""
+    return jnp.expand_dims(w, tuple(range(x.ndim - w.ndim)))
 
 
 class Linear(nnx.Module):
@@ -63,7 +67,7 @@ class Linear(nnx.Module):
         shape = [sizes[letter] for letter in w_dims]
         fan_in = math.prod(sizes[letter] for letter in inputs)
         where = layout.spec(*(axes.get(letter) for letter in w_dims))
-        role = Role(True, len(w_dims) - len(inputs) - len(batch), len(inputs))
+        role = Role("matrix", len(w_dims) - len(inputs) - len(batch), len(inputs))
         draw = normal(rngs, shape, where, std / math.sqrt(fan_in), dtype)
         self.weight = nnx.Param(draw, role=role)
         # D of the weight may be split over fsdp; D of the residual stream and of a bias is whole.
@@ -75,7 +79,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = einsum(self.spec, x, self.weight[...], out=self.out)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if self.bias is None else y + aligned(self.bias[...].astype(y.dtype), y)
 
 
 class RMSNorm(nnx.Module):
@@ -88,7 +92,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return (x32 * aligned(self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -103,9 +107,9 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 -= jnp.mean(x32, axis=-1, keepdims=True)
         x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        y = x32 * self.scale[...].astype(jnp.float32)
+        y = x32 * aligned(self.scale[...].astype(jnp.float32), x)
         if self.bias is not None:
-            y += self.bias[...].astype(jnp.float32)
+            y += aligned(self.bias[...].astype(jnp.float32), x)
         return y.astype(x.dtype)
 
 
@@ -124,7 +128,7 @@ class Embedding(nnx.Module):
     ):
         where = layout.spec("vocab", "embed")
         draw = normal(rngs, (vocab, embed), where, std, dtype)
-        self.table = nnx.Param(draw, role=Role(decays=True))
+        self.table = nnx.Param(draw, role=Role("embedding"))
         self.ids = layout.spec("batch", None)
         self.out = layout.spec("batch", None, None)
 

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, D embed, F hidden.
 """
 
 import functools
-import math
 
 import jax
 from flax import nnx
@@ -37,7 +36,7 @@ class GatedMlp(nnx.Module):
             bias=cfg.arch.mlp_bias,
         )
         self.gate_up = linear("BTD,CFD->BTCF", batch="C")
-        self.down = linear("BTF,DF->BTD", std=1 / math.sqrt(2 * cfg.layers))
+        self.down = linear("BTF,DF->BTD", std=cfg.residual_std)
         self.curve = GATES[cfg.arch.activation]
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -62,7 +61,7 @@ class PlainMlp(nnx.Module):
             bias=cfg.arch.mlp_bias,
         )
         self.up = linear("BTD,FD->BTF")
-        self.down = linear("BTF,DF->BTD", std=1 / math.sqrt(2 * cfg.layers))
+        self.down = linear("BTF,DF->BTD", std=cfg.residual_std)
         self.curve = CURVES[cfg.arch.activation]
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, [B, T, h] float32
 def rotation(positions_BT: jax.Array, head_dim: int, theta: float) -> Rotation:
     """The angles of each position: pair i of a head turns by position / theta^(2i / H)."""
     frequency_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequency_h
+    angle_BTh = positions_BT[..., None].astype(jnp.float32) * frequency_h[None, None]
     return jnp.cos(angle_BTh), jnp.sin(angle_BTh)
 
 

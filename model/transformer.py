@@ -96,7 +96,7 @@ class Transformer(nnx.Module):
             return jax.vmap(lambda key: Block(cfg, window, layout, nnx.Rngs(key)))(keys)
 
         self.embedding = Embedding(
-            cfg.vocab, cfg.embed, layout, rngs, dtype=cfg.param_dtype, std=0.02
+            cfg.vocab, cfg.embed, layout, rngs, dtype=cfg.param_dtype, std=cfg.arch.init.embed
         )
         self.blocks = nnx.List([stack(window) for window in windows])
         self.rest = nnx.List([Block(cfg, window, layout, rngs) for window in windows[:rest]])

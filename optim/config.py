@@ -7,6 +7,26 @@ SCHEDULES = ("cosine", "linear", "wsd", "constant")
 
 
 @dataclass(frozen=True)
+class Muon:
+    """What Muon adds: it turns hidden matrices, and leaves the other parameters to Adam."""
+
+    momentum: float = 0.95
+    iterations: int = 5  # of Newton-Schulz
+    embed_lr: float = 0.0  # Adam's, peak, for the embedding table; 0 here and below: `optim.lr`
+    head_lr: float = 0.0
+    vector_lr: float = 0.0  # norms and biases
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1")
+        if not 1 <= self.iterations <= 20:
+            raise ValueError(f"iterations={self.iterations} must be 1 to 20")
+        for name in ("embed_lr", "head_lr", "vector_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Optimizer, schedule, clipping and accumulation."""
 
@@ -19,16 +39,16 @@ class OptimConfig:
     weight_decay: float = 0.1  # of matrices, not of norms and biases
     clip: float = 1.0  # global norm of the gradient; 0: off
     accumulate: int = 1  # micro-batches per step
-    b1: float = 0.9  # momentum of every optimizer
+    b1: float = 0.9  # momentum of adamw, sgd, lion, adafactor, and of Muon's Adam
     b2: float = 0.95
-    adam_lr: float = 0.0  # "muon": of tables, norms and biases; 0 means `lr`
+    muon: Muon = Muon()
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
             raise ValueError(f"name={self.name!r} is none of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is none of {', '.join(SCHEDULES)}")
-        for name in ("lr", "warmup", "weight_decay", "clip", "adam_lr"):
+        for name in ("lr", "warmup", "weight_decay", "clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("decay", "final"):

@@ -18,9 +18,9 @@ from optim.schedule import make_schedule
 class Role(Protocol):
     """What an optimizer asks of a parameter."""
 
-    decays: bool  # weight decay applies
-    outputs: int  # dims; 0 where the parameter is no hidden layer's matrix
-    inputs: int  # dims, the last ones
+    kind: str  # "matrix" (of a hidden layer), "embedding", "head" or "vector"
+    outputs: int  # a matrix' dims of outputs
+    inputs: int  # and of inputs, the last ones
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
@@ -32,7 +32,7 @@ def make_optimizer(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTr
     if cfg.name == "muon":
         chain = [make_muon(cfg, steps, roles)]
     else:
-        decays = jax.tree.map(lambda role: role.decays, roles)
+        decays = jax.tree.map(lambda role: role.kind != "vector", roles)
         decay = optax.add_decayed_weights(cfg.weight_decay, decays)
         chain = [SCALES[cfg.name](cfg), decay, optax.scale_by_learning_rate(schedule)]
     if cfg.clip:
@@ -54,26 +54,32 @@ SCALES = {
 
 
 def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
-    """Muon for hidden matrices, Adam without decay, at `adam_lr`, for the rest. Jordan et al. 2024.
+    """Muon for hidden matrices, Adam without weight decay for the rest. Jordan et al. 2024.
 
-    Updates are scaled to AdamW's usual root mean square (Liu et al. 2025, arXiv:2502.16982), so
+    Muon's updates have AdamW's usual root mean square (Liu et al. 2025, arXiv:2502.16982), so
     learning rate and weight decay carry over from AdamW.
     """
+    rates = {
+        "matrix": cfg.lr,
+        "embedding": cfg.muon.embed_lr or cfg.lr,
+        "head": cfg.muon.head_lr or cfg.lr,
+        "vector": cfg.muon.vector_lr or cfg.lr,
+    }
 
     def dims(role: Role) -> MuonDimensionNumbers | None:
-        if not role.inputs:
+        if role.kind != "matrix":
             return None
         inputs = tuple(range(-role.inputs, 0))
         outputs = tuple(range(-role.inputs - role.outputs, -role.inputs))
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
-    optimizer = muon(
-        make_schedule(cfg, steps),
-        beta=cfg.b1,
+    turn = muon(
+        1.0,
+        ns_steps=cfg.muon.iterations,
+        beta=cfg.muon.momentum,
         adam_b1=cfg.b1,
         adam_b2=cfg.b2,
         weight_decay=cfg.weight_decay,
-        adam_learning_rate=make_schedule(cfg, steps, cfg.adam_lr or cfg.lr),
         muon_weight_dimension_numbers=jax.tree.map(dims, roles),
         consistent_rms=0.2,
     )
@@ -81,6 +87,12 @@ def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransfo
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         # Products of a split matrix with itself: XLA chooses where devices talk.
         where = jax.tree.map(lambda a: jax.typeof(a).sharding, (updates, state))
-        return auto_axes(optimizer.update, out_sharding=where)(updates, state, params)
+        return auto_axes(turn.update, out_sharding=where)(updates, state, params)
 
-    return optax.GradientTransformation(optimizer.init, update)
+    shape = make_schedule(cfg, steps, peak=1.0)
+    scale = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, role: rates[role.kind] * u, updates, roles)
+    )
+    return optax.chain(
+        optax.GradientTransformation(turn.init, update), scale, optax.scale_by_schedule(shape)
+    )

@@ -14,9 +14,9 @@ def visible(segments_BT: jax.Array, window: int) -> jax.Array:
     however far).
     """
     tokens = segments_BT.shape[1]
-    back_TT = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    back_TT = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None]
     near_TT = (back_TT >= 0) & (back_TT < (window or tokens))
-    return near_TT & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return near_TT[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def plain(
