@@ -41,6 +41,7 @@ from monitor.signals import Signals
 from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
 from sharding import mesh as meshes
+from sharding import runtime
 from text import tokenizer as tokenizers
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default runs/RECIPE-TIME")
@@ -101,7 +102,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
     params = optax.apply_updates(state.params, updates)
     metrics = {
         "loss": nats,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
         "lr": program.schedule(state.step),
         "tokens": count,
     }
@@ -405,6 +406,7 @@ def train(run: Run) -> None:
     """The command, once its flags are a Run."""
     with command.user_input():
         meshes.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        runtime.prepare()
         check(run, jax.device_count())
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")

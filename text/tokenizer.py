@@ -128,7 +128,8 @@ def from_json(text: str) -> Tokenizer:
 def train_bpe(texts: Iterable[str], size: int, split: str = "words") -> Tokenizer:
     """A byte-level BPE with at most `size` ids, the end among them; equal texts give equal ids.
 
-    No token crosses a border of the `split`, "words" or "lines". `size` is at least 257. A small corpus runs out of pairs to merge and gives fewer ids.
+    No token crosses a border of the `split`, "words" or "lines". `size` is at least 257.
+    A small corpus runs out of pairs to merge and gives fewer ids.
     """
     if size < SMALLEST_BPE:
         raise ValueError(
@@ -169,7 +170,7 @@ def _cached_bpe(texts: Sequence[str], size: int, split: str) -> Tokenizer:
 
 
 def load(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", "bpe:SIZE[:lines]", or the path of a tokenizer.json.
+    """The tokenizer of `spec`: "bytes", "bpe:SIZE[:lines]", or the path of a tokenizer.json.
 
     `texts` gives the text that a BPE is trained on; it is called for that only. ValueError
     for a spec, a size or a file that will not do, FileNotFoundError for a missing file.
