@@ -309,7 +309,7 @@ class Loop:
                     self.evaluate()
                 stop = self.asked_to_stop(signals)
                 if due(step, run.checkpoint.every) or stop or step == run.steps:
-                    self.save()
+                    self.save(wait=bool(stop) or step == run.steps)
                 if stop:
                     self.stop(stop)
             self.evaluate()
@@ -359,15 +359,18 @@ class Loop:
         self.metrics.eval(row)
         self.progress.eval(row)
 
-    def save(self) -> None:
-        """Save the state; an error is told, and is the command's exit code if it stays."""
+    def save(self, *, wait: bool) -> None:
+        """Save the state; an error is told, and is the command's exit code if it stays.
+
+        `wait` until it is on disk.
+        """
         self.log()
         note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
         with self.speed.pause():
             try:
                 tokenizer = json.loads(self.text.tokenizer.to_json())
                 self.saves.save(self.step, self.state, note, tokenizer)
-                if self.step == self.run.steps:
+                if wait:
                     self.saves.wait()
                 self.saved_step = self.step
             except Exception as error:  # whatever the file system and its libraries raise
@@ -380,11 +383,11 @@ class Loop:
         return meshes.agree(signals.received) if due(self.step, self.run.log.every) else 0
 
     def stop(self, signum: int) -> None:
-        """End the command, the state saved."""
-        self.saves.wait()
-        if self.saved_step == self.step:
-            text = f"stopped by {signal.Signals(signum).name}, step {self.step} saved"
-            raise command.Stopped(signum, f"{text}; the same command goes on")
+        """End the command."""
+        text = f"stopped by {signal.Signals(signum).name}, step {self.step}"
+        if self.saved_step != self.step:
+            raise command.Unsaved(f"{text} could not be saved")
+        raise command.Stopped(signum, f"{text} saved; the same command goes on")
 
     def __enter__(self) -> "Loop":
         return self

@@ -29,12 +29,14 @@ def locate(name: str) -> "Saved":
 
     DIR is a run's folder or its checkpoints folder. FileNotFoundError if it holds no checkpoint.
     """
-    name, at, step = name.partition("@")
+    folder, at, step = name.rpartition("@")
+    if not at or Path(name).expanduser().is_dir():  # a folder's own name may have an @
+        folder, at, step = name, "", ""
     if at and not step.isdecimal():
-        raise ValueError(f"{name}@{step}: {step!r} is no step; {name}@1000, say")
-    found = Path(name).expanduser()
+        raise ValueError(f"{name}: {step!r} is no step; {folder}@1000, say")
+    found = Path(folder).expanduser()
     if not found.is_dir():
-        raise FileNotFoundError(f"{name} is no folder")
+        raise FileNotFoundError(f"{folder} is no folder")
     found = found / "checkpoints" if (found / "checkpoints").is_dir() else found
     return Saved.open(found, int(step) if step else None)
 
@@ -49,6 +51,8 @@ class Saved:
     @classmethod
     def open(cls, path: Path, step: int | None = None) -> "Saved":
         """The checkpoint of `step`, or the newest. FileNotFoundError if there is none."""
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} must be a folder of checkpoints")
         steps = sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
         if not steps:
             raise FileNotFoundError(f"{path} holds no checkpoint")
@@ -95,8 +99,18 @@ class Store:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
         )
+        # The first copy of an array writes all of it. Else each copy writes a part, which makes
+        # chunks smaller than a layer, and cutting the parts compiles a program for each array.
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         self._manager = ocp.CheckpointManager(
-            self.path, options=options, item_names=("state", "run", "tokenizer")
+            self.path,
+            options=options,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+                "run": ocp.JsonCheckpointHandler(),
+                "tokenizer": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest(self) -> int | None:

@@ -86,7 +86,7 @@ def run(
     the docstring of main's module.
     """
     code = status(main, sys.argv[1:], recipe, examples)
-    if code == LostPeer.code:  # exit handlers would wait for the peer
+    if code in (LostPeer.code, Unsaved.code):  # exit would wait for the peer, or for the writer
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

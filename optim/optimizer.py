@@ -48,7 +48,9 @@ SCALES = {
     "lion": lambda cfg: optax.scale_by_lion(b1=cfg.b1, b2=cfg.b2),
     # Shazeer & Stern 2018, arXiv:1804.04235
     "adafactor": lambda cfg: optax.chain(
-        optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.ema(cfg.b1)
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),  # head_dim included
+        optax.clip_by_block_rms(1.0),
+        optax.ema(cfg.b1),
     ),
 }
 

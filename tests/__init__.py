@@ -1,0 +1,1 @@
+"""Sentences that can be false. Folders mirror the packages."""

@@ -1,0 +1,92 @@
+"""A run small enough to compile for any mesh of eight devices, and its collectives."""
+
+import re
+
+import jax
+import numpy as np
+
+import train
+from configs.run import Run
+from data.config import DataConfig
+from model.config import Arch, Attention, Head, ModelConfig, Norm
+from optim.config import OptimConfig
+from sharding import mesh as meshes
+from sharding.layout import Layout
+
+# Every weight divides by 8 along every axis; biases and norms that split, and that do not.
+MODEL = ModelConfig(
+    layers=2,
+    embed=32,
+    heads=16,
+    kv_heads=8,
+    head_dim=4,
+    mlp=48,
+    vocab=64,
+    dtype="float32",
+    arch=Arch(
+        norm=Norm("layer", bias=True),
+        attention=Attention(qkv_bias=True),
+        head=Head(chunk=20),
+        mlp_bias=True,
+    ),
+)
+STEPS, ROWS, TOKENS = 20, 8, 12
+
+
+def run_of(sizes, layout=None, optimizer="adamw", model=MODEL):
+    return Run(
+        steps=STEPS,
+        model=model,
+        data=DataConfig(batch=ROWS, seq=TOKENS),
+        optim=OptimConfig(name=optimizer, lr=1e-2, warmup=2),
+        mesh=meshes.MeshConfig(*sizes),
+        layout=layout or Layout(),
+    )
+
+
+def mesh_of(sizes):
+    return meshes.make(meshes.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+
+def batches():
+    """STEPS batches of random tokens, two documents and some padding a row; targets follow."""
+    draw = np.random.default_rng(0)
+    for _ in range(STEPS):
+        inputs = draw.integers(0, MODEL.vocab, (ROWS, TOKENS), dtype=np.int32)
+        first, end = draw.integers(1, 8, (ROWS, 1)), draw.integers(9, TOKENS + 1, (ROWS, 1))
+        place = np.arange(TOKENS, dtype=np.int32)[None]
+        yield {
+            "inputs": inputs,
+            "targets": (inputs + 7) % MODEL.vocab,
+            "positions": np.where(place < first, place, place - first).astype(np.int32),
+            "segments": ((1 + (place >= first)) * (place < end)).astype(np.int32),
+        }
+
+
+def init(run):
+    """The first state of a run on one device, as NumPy arrays."""
+    with jax.set_mesh(mesh_of((1, 1, 1))):
+        program = train.build(run)
+        return jax.device_get(jax.jit(lambda: train.init_state(program, 0))())
+
+
+def losses(run, start):
+    """The losses of STEPS steps on random tokens from the state `start`, and the last state."""
+    with jax.set_mesh(mesh_of(tuple(vars(run.mesh).values()))):
+        program = train.build(run)
+        state = jax.tree.map(
+            lambda leaf, to: jax.device_put(leaf, to.sharding), start, program.state
+        )
+        step, found = program.compile(), []
+        for batch in batches():
+            state, metrics = step(state, program.place(batch))
+            found.append(metrics["loss"])
+        return np.array([float(loss) for loss in found]), state
+
+
+def collectives(text):
+    """(operation, dims of a result) of every collective in a compiled program's text."""
+    names = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+    for results, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", text):
+        for dims in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", results):
+            yield name, tuple(int(n) for n in dims.split(",") if n)

@@ -1,0 +1,219 @@
+"""A tiny run: its recipe, its corpus, and `train.py` called in this process."""
+
+import contextlib
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import pytest
+from absl.testing import flagsaver
+from jax.experimental.compilation_cache import compilation_cache
+
+import train
+from configs import command
+from costs import devices
+from data.loader import Loader
+from monitor import metrics
+
+RECIPE = '''"""A run of seconds."""
+
+from configs.run import CheckpointConfig, EvalConfig, LogConfig, Run, SampleConfig
+from data.config import DataConfig
+from model.config import Arch, ModelConfig
+from optim.config import OptimConfig
+from sharding.mesh import MeshConfig
+
+
+def get_config() -> Run:
+    return Run(
+        steps=12,
+        model=ModelConfig(
+            layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32, dtype="float32",
+            arch=Arch(activation="relu2"),
+        ),
+        data=DataConfig(sources=({corpus!r},), held_out=0.1, batch=8, seq=32),
+        optim=OptimConfig(lr=0.01, warmup=3),
+        mesh=MeshConfig(data=-1, fsdp=1, tensor=1),
+        log=LogConfig(every=2),
+        eval=EvalConfig(every=6, bytes=500),
+        checkpoint=CheckpointConfig(every=4, keep=9),
+        sample=SampleConfig(prompt="A", tokens=6),
+    )
+'''
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory):
+    """The path of the tiny recipe, which reads a corpus beside it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    draw, corpus = random.Random(0), folder / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        words = (draw.choice(("alpha", "beta", "gamma\n")) for _ in range(draw.randint(1, 60)))
+        (corpus / f"{i:02}.txt").write_text(f"{i} {' '.join(words)}")
+    path = folder / "tiny.py"
+    path.write_text(RECIPE.replace("{corpus!r}", repr(str(corpus))))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder in which every program is compiled once, for the runs of these tests."""
+    folder = tmp_path_factory.mktemp("compiled")
+    values = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    return folder, values
+
+
+@contextlib.contextmanager
+def kept_programs(compiled) -> Iterator[None]:
+    """JAX takes compiled programs from the folder."""
+    before = {name: getattr(jax.config, name) for name in compiled[1]}
+    for name, value in compiled[1].items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+class Recorded(Loader):
+    """A loader that notes the samples of its batches, and calls `at[number of the batch]`."""
+
+    batches: list = []  # noqa: RUF012
+    at: dict = {}  # noqa: RUF012
+
+    def __next__(self):
+        batch = super().__next__()
+        self.batches.append(batch)
+        self.at.get(len(self.batches), lambda: None)()
+        return batch
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+    batches: list  # all that the loader gave
+    workdir: Path
+
+    def rows(self, kind: str = "loss") -> dict[int, dict]:
+        """Rows of metrics.jsonl by step: "loss" or "eval_loss"."""
+        found = metrics.read(self.workdir / "metrics.jsonl")
+        return {row["step"]: row for row in found if kind in row}
+
+    def losses(self) -> dict[int, float]:
+        return {step: row["loss"] for step, row in self.rows().items()}
+
+    def samples(self) -> list:
+        return [sample for batch in self.batches for row in batch.samples for sample in row]
+
+    def state(self, step: int) -> dict[str, bytes]:
+        """The arrays of a checkpoint, as they were saved."""
+        return raw_state(self.workdir / "checkpoints" / str(step))
+
+    def steps_saved(self) -> list[int]:
+        found = (self.workdir / "checkpoints").iterdir()
+        return sorted(int(folder.name) for folder in found if folder.name.isdecimal())
+
+
+def raw_state(folder: Path) -> dict[str, bytes]:
+    """The arrays of a checkpoint folder by name, read without this project's code."""
+    import tensorstore
+
+    tree = json.loads((folder / "state" / "_METADATA").read_text())["tree_metadata"]
+    found = {}
+    for entry in tree.values():
+        name = ".".join(key["key"] for key in entry["key_metadata"])
+        kvstore = {"driver": "ocdbt", "base": f"file://{folder}/state/", "path": f"{name}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+        found[name] = array.read().result().tobytes()
+    return found
+
+
+@pytest.fixture(scope="session")
+def session_command(recipe, compiled):
+    """`call(workdir, *args)` runs train.py in this process; `at`: {batch number: call}."""
+
+    def call(workdir: Path, *args: str, at: dict | None = None, config: Path = recipe) -> Ended:
+        out, err = Stream(), Stream()
+        with contextlib.ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setattr(train.meshes, "connect", lambda *_: None)  # JAX is in use already
+            patch.setattr(devices, "measured_matmul_rate", lambda *_: 1e11)
+            patch.setattr(train, "Loader", Recorded)
+            patch.setattr(Recorded, "batches", [])
+            patch.setattr(Recorded, "at", at or {})
+            stack.enter_context(flagsaver.flagsaver())
+            stack.enter_context(kept_programs(compiled))
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            flags = [f"--config={config}", f"--workdir={workdir}", *args]
+            code = command.status(train.train, flags, recipe=str(recipe))
+            return Ended(code, out.text(), err.text(), Recorded.batches, Path(workdir))
+
+    return call
+
+
+class Stream:
+    """Keeps what is printed."""
+
+    encoding = "utf-8"
+    closed = False
+
+    def __init__(self):
+        self.parts = []
+
+    def write(self, text):
+        self.parts.append(text)
+
+    def flush(self):
+        pass
+
+    def isatty(self):
+        return False
+
+    def text(self):
+        return "".join(self.parts)
+
+
+@pytest.fixture
+def command_line(session_command, tmp_path):
+    """`call(*args, workdir=...)`; default a folder of the test's own."""
+
+    def call(*args: str, workdir: Path = tmp_path / "run", **kwargs) -> Ended:
+        return session_command(workdir, *args, **kwargs)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(session_command, tmp_path_factory):
+    """The tiny run, undisturbed, on 8 devices. Read it; copy it to change it."""
+    ended = session_command(tmp_path_factory.mktemp("finished") / "run")
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@pytest.fixture(scope="session")
+def shell(compiled):
+    """The environment of a command in a process of its own."""
+    folder, values = compiled
+    names = {name.upper(): str(value) for name, value in values.items()}
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return {
+        **env, **names,
+        "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }  # fmt: skip
