@@ -360,10 +360,7 @@ class Loop:
         self.progress.eval(row)
 
     def save(self, *, wait: bool) -> None:
-        """Save the state; an error is told, and is the command's exit code if it stays.
-
-        `wait` until it is on disk.
-        """
+        """Save the state, `wait` for the disk; an error is told, and the exit code if it stays."""
         self.log()
         note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
         with self.speed.pause():

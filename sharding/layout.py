@@ -9,10 +9,6 @@ import jax
 
 MeshAxis = str | tuple[str, ...] | None
 AXES = ("data", "fsdp", "tensor")
-# Logical axes that are dims of one array, which no mesh axis can split twice.
-TOGETHER = tuple(
-    (first, last) for first in ("batch", "embed") for last in ("heads", "mlp", "vocab")
-)
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,16 @@ class Layout:
                     raise ValueError(f"{name}={axis!r} is no mesh axis: {', '.join(AXES)}")
                 if axes.count(axis) > 1:
                     raise ValueError(f"{name}={','.join(axes)} names {axis} twice")
-        for first, last in TOGETHER:
-            for axis in split[first]:
+        for last in ("heads", "mlp", "vocab"):
+            for axis in split["batch"]:
                 if axis in split[last]:
-                    raise ValueError(f"{first} and {last} of one array cannot both be on {axis}")
+                    raise ValueError(f"batch and {last} of one array cannot both be on {axis}")
+        for axis in split["embed"]:
+            if axis not in split["batch"]:
+                raise ValueError(
+                    f"embed on {axis} needs batch on {axis} too: weights are split over devices "
+                    f"that work on different rows"
+                )
 
     def spec(self, *names: str | None) -> jax.P:
         """The partition of an array whose dims are these logical axes; None is an unsplit dim."""

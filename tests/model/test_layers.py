@@ -44,7 +44,17 @@ def kept_all(mesh):
 
 
 @pytest.mark.parametrize(
-    ("remat", "unroll"), [*((remat, 1) for remat in REMATS[1:]), ("none", 2), ("dots", 2)]
+    ("remat", "unroll"),
+    [
+        ("attention", 1),
+        *(
+            pytest.param(remat, 1, marks=pytest.mark.slow)
+            for remat in REMATS
+            if remat != "attention"
+        ),
+        pytest.param("none", 2, marks=pytest.mark.slow),
+        ("dots", 2),
+    ],
 )
 def test_what_is_recomputed_or_unrolled_changes_no_value(one_device, kept_all, remat, unroll):
     params, right = kept_all
@@ -52,6 +62,7 @@ def test_what_is_recomputed_or_unrolled_changes_no_value(one_device, kept_all, r
     assert_same(jax.jit(step_of(cfg))(params), right)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_point_where_the_float32_ones_do(one_device, kept_all):
     params, (loss, right) = kept_all
     cfg = dataclasses.replace(PATTERN, dtype="bfloat16")
@@ -83,7 +94,8 @@ def test_each_policy_recomputes_what_it_says(one_device):
 
 
 @pytest.mark.parametrize(
-    ("windows", "layers"), [((3, 0), 1), ((3, 0), 3), ((3, 0), 5), ((3, 2, 0), 5)]
+    ("windows", "layers"),
+    [((3, 0), 1), ((3, 0), 3), pytest.param((3, 0), 5, marks=pytest.mark.slow), ((3, 2, 0), 5)],
 )
 def test_a_pattern_is_its_blocks_one_by_one(one_device, windows, layers):
     cfg = dataclasses.replace(TINY, layers=layers, arch=Arch(attention=Attention(windows=windows)))

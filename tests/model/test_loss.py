@@ -51,8 +51,8 @@ def gradients(head, times=1.0):
 
 
 HEADS = [Head(), Head(z_loss=0.1), Head(softcap=2.0), Head(softcap=3.0, z_loss=0.05)]
-CHUNKS = [1, 5, 7, 12, 23, 24, 4096]
-CASES = [(HEADS[-1], chunk) for chunk in CHUNKS] + [(head, 7) for head in HEADS[:-1]]
+CASES = [(HEADS[-1], chunk) for chunk in (1, 7, 4096)] + [(head, 7) for head in HEADS[:-1]]
+CASES += [pytest.param(HEADS[-1], chunk, marks=pytest.mark.slow) for chunk in (5, 12, 23, 24)]
 
 
 @pytest.mark.parametrize("head", HEADS)

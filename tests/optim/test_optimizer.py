@@ -21,7 +21,7 @@ from optim.optimizer import make_optimizer
 from sharding import mesh as meshes
 from sharding.layout import Layout
 from sharding.mesh import MeshConfig
-from tests.tolerance import FORMULA
+from tests.tolerance import assert_formula
 
 SMALL = ModelConfig(
     layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=48, vocab=64, dtype="float32"
@@ -96,7 +96,7 @@ def test_steps_follow_the_formula(name, clip):
     params, gradients = draws(0), [draws(seed) for seed in range(1, 1 + STEPS)]
     found, wanted = taken(cfg, params, gradients), reference(cfg, params, gradients)
     for key in SHAPES:
-        np.testing.assert_allclose(found[key], wanted[key], rtol=FORMULA, atol=FORMULA, err_msg=key)
+        assert_formula(found[key], wanted[key])
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
@@ -169,7 +169,7 @@ def test_muon_turns_each_matrix_of_a_model_by_itself(one_device):
         given = grads[name].reshape(-1, *shape)
         assert len(found) == count
         for matrix, gradient in zip(found, given, strict=True):
-            np.testing.assert_allclose(matrix, turned(gradient), rtol=FORMULA, atol=FORMULA, err_msg=name)
+            assert_formula(matrix, turned(gradient))
             sizes = np.linalg.svd(matrix, compute_uv=False)
             assert np.median(sizes) > 0.65 and sizes.max() < 1.25, name
 
@@ -230,13 +230,14 @@ def lesson(one_device):
     """A small model's roles, first parameters, and the gradient of its loss on one batch."""
     arch = Arch(activation="relu2", attention=Attention(qk_norm=True))
     cfg = dataclasses.replace(SMALL, layers=1, arch=arch)
-    graph, _, roles = transformer.abstract(cfg, Layout())
+    graph, shapes, roles = transformer.abstract(cfg, Layout())
     ids = np.random.default_rng(0).integers(0, cfg.vocab, (4, 17)).astype(np.int32)
     ones = np.ones((4, 16), np.int32)
     rows = ids[:, :-1], ids[:, 1:], np.int32(ones.cumsum(1) - 1), ones, np.float32(ones / 64)
     where = NamedSharding(one_device, Layout().spec("batch", None))
     rows = [jax.device_put(array, where) for array in rows]
-    params = jax.jit(lambda: transformer.init(cfg, Layout(), jax.random.key(0)))()
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda s: 0.2 * jnp.float32(rng.standard_normal(s.shape)), shapes)
     loss = jax.value_and_grad(lambda params: nnx.merge(graph, params).loss(*rows)[0])
     return roles, params, jax.jit(loss)
 
@@ -244,7 +245,7 @@ def lesson(one_device):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss_of_a_model(name, lesson):
     roles, params, gradient = lesson
-    lr = {"sgd": 0.5, "lion": 3e-3, "muon": 0.02}.get(name, 0.01)
+    lr = {"sgd": 0.5, "lion": 0.01, "muon": 0.02}.get(name, 0.01)
     optimizer = make_optimizer(OptimConfig(name=name, lr=lr, weight_decay=0.0), 40, roles)
 
     @jax.jit
@@ -257,5 +258,4 @@ def test_every_optimizer_lowers_the_loss_of_a_model(name, lesson):
         loss, grads = gradient(params)
         losses.append(float(loss))
         params, state = learn(params, state, grads)
-    assert losses[0] == pytest.approx(np.log(SMALL.vocab), rel=0.1)
     assert losses[-1] < 0.7 * losses[0]

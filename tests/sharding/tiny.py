@@ -1,9 +1,11 @@
 """A run small enough to compile for any mesh of eight devices, and its collectives."""
 
 import re
+from collections import Counter
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 import train
 from configs.run import Run
@@ -74,9 +76,8 @@ def losses(run, start):
     """The losses of STEPS steps on random tokens from the state `start`, and the last state."""
     with jax.set_mesh(mesh_of(tuple(vars(run.mesh).values()))):
         program = train.build(run)
-        state = jax.tree.map(
-            lambda leaf, to: jax.device_put(leaf, to.sharding), start, program.state
-        )
+        where = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+        state = jax.device_put(start, where)
         step, found = program.compile(), []
         for batch in batches():
             state, metrics = step(state, program.place(batch))
@@ -90,3 +91,27 @@ def collectives(text):
     for results, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", text):
         for dims in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", results):
             yield name, tuple(int(n) for n in dims.split(",") if n)
+
+
+def gathered(program):
+    """(dims on a device, dims there when gathered) of each matrix of a layer and of the head."""
+    mesh, params = jax.sharding.get_mesh(), program.state.params
+    matrices = [leaf for leaf in jax.tree.leaves(params["blocks"]) if "fsdp" in leaf.sharding.spec]
+    for leaf in (*matrices, params["head"]["table"]):
+        spec = [None if dim == "fsdp" else dim for dim in leaf.sharding.spec]
+        whole = NamedSharding(mesh, jax.P(*spec)).shard_shape(leaf.shape)
+        one = 0 if leaf is params["head"]["table"] else 1  # a stack leads with its layers
+        yield leaf.sharding.shard_shape(leaf.shape)[one:], whole[one:]
+
+
+def check_reduce_scatters(program, text):
+    """A train step has one for each gathered weight, and reduces none of them whole."""
+
+    def counted(shapes):  # compilers transpose and drop ones
+        return Counter(tuple(sorted(n for n in shape if n > 1)) for shape in shapes)
+
+    own, whole = map(counted, zip(*gathered(program), strict=True))
+    assert own.total() == 5  # qkv, out, gate with up, down; the head's table
+    found = list(collectives(text))
+    assert counted(dims for name, dims in found if name == "reduce-scatter") == own
+    assert not counted(dims for name, dims in found if name == "all-reduce").keys() & whole.keys()

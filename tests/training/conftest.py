@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import train
 from configs import command
+from configs.load import ROOT
 from costs import devices
 from data.loader import Loader
 from monitor import metrics
@@ -150,7 +153,8 @@ def session_command(recipe, compiled):
         out, err = Stream(), Stream()
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            patch.setattr(train.meshes, "connect", lambda *_: None)  # JAX is in use already
+            if not any("--process" in arg or "--coordinator" in arg for arg in args):
+                patch.setattr(train.meshes, "connect", lambda *_: None)  # JAX is in use already
             patch.setattr(devices, "measured_matmul_rate", lambda *_: 1e11)
             patch.setattr(train, "Loader", Recorded)
             patch.setattr(Recorded, "batches", [])
@@ -206,14 +210,88 @@ def finished(session_command, tmp_path_factory):
     return ended
 
 
-@pytest.fixture(scope="session")
-def shell(compiled):
-    """The environment of a command in a process of its own."""
+DRIVER = '''
+"""train.py whose loader notes its samples in a file, and can signal its own process."""
+
+import json
+import os
+import signal
+
+import train
+from configs import command
+from data.loader import Loader
+
+
+class Noted(Loader):
+    count = 0
+
+    def __next__(self):
+        batch = super().__next__()
+        Noted.count += 1
+        with open(os.environ["NOTES"], "a") as file:
+            file.write(json.dumps(batch.samples) + "\\n")
+        if os.environ.get("SIGNAL_AT") == str(Noted.count):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if os.environ.get("SPOIL_AT") == str(Noted.count):
+            folder = train.WORKDIR.value + "/checkpoints"
+            os.rename(folder, folder + "-moved")
+            open(folder, "w").close()
+        return batch
+
+
+if __name__ == "__main__":
+    train.Loader = Noted
+    command.run(train.train, recipe="configs/quickstart.py")
+'''
+
+
+class Process(subprocess.Popen):
+    """A command in a process of its own, which does not outlive the test."""
+
+    def __init__(self, args: Sequence[str], notes: Path, env: dict[str, str]):
+        self.notes = notes
+        super().__init__(
+            [sys.executable, *args], cwd=ROOT, env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def end(self, timeout: float = 60) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        try:
+            out, err = self.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.communicate()
+            pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
+        return self.returncode, out, err
+
+    def samples(self) -> list:
+        """By batch and row, what the loader gave."""
+        return [json.loads(line) for line in self.notes.read_text().splitlines()]
+
+
+@pytest.fixture
+def start(recipe, compiled, tmp_path):
+    """`start(workdir, *args, **environment)`: train.py in a process with one CPU device."""
     folder, values = compiled
-    names = {name.upper(): str(value) for name, value in values.items()}
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return {
-        **env, **names,
-        "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }  # fmt: skip
+    driver, running = tmp_path / "driver.py", []
+    driver.write_text(DRIVER)
+
+    def start(workdir: Path, *args: str, **environment: str) -> Process:
+        notes = tmp_path / f"notes{len(running)}"
+        env = {
+            **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+            **{name.upper(): str(value) for name, value in values.items()},
+            "JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+            "NOTES": str(notes), "PYTHONUNBUFFERED": "1", **environment,
+        }  # fmt: skip
+        flags = [f"--config={recipe}", f"--workdir={workdir}", *args]
+        running.append(Process([str(driver), *flags], notes, env))
+        return running[-1]
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -102,6 +102,7 @@ def test_the_saved_config_repeats_the_run_bit_for_bit_and_a_trace_changes_nothin
     assert any("perfetto_trace" in name for name in traces)
 
 
+@pytest.mark.slow
 def test_how_often_a_run_speaks_changes_nothing_in_it(finished, command_line):
     ended = command_line(
         "--config.log.every=1", "--config.eval.every=0", "--config.checkpoint.every=0",
@@ -156,6 +157,7 @@ def test_the_last_state_unsaved_is_an_exit_code_of_its_own(command_line, monkeyp
     assert list(ended.rows()) == [2, 4, 6, 8, 10, 12]  # it trained on
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_on_the_way_is_told_and_forgiven(command_line, monkeypatch):
     monkeypatch.setattr(train.store.Store, "save", failing(train.store, {4}))
     ended = command_line()

@@ -60,11 +60,13 @@ def trained():
                 program = train.build(dataclasses.replace(RUN, optim=optim, mesh=mesh))
                 done[key] = program, program.compile()
             program, step = done[key]
-            if "start" not in done:
-                done["start"] = jax.device_get(jax.jit(lambda: train.init_state(program, 0))())
-            state = jax.device_put(
-                done["start"], jax.tree.map(lambda leaf: leaf.sharding, program.state)
+            rng = np.random.default_rng(0)  # init would take as long to compile as the step
+            state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), program.state)
+            params = jax.tree.map(
+                lambda a: 0.3 * np.float32(rng.standard_normal(a.shape)), state.params
             )
+            state = dataclasses.replace(state, params=params)
+            state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, program.state))
             found = []
             for batch in batches(kind):
                 state, metrics = step(state, program.place(batch))
