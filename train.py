@@ -26,11 +26,10 @@ from configs import command, load
 from configs.run import Run, check, describe, differences, from_json, to_json
 from costs import devices, flops, memory
 from costs.speed import Speed
+from data import split
 from data.held_out import HeldOut, held_out_batches
 from data.loader import Loader
 from data.sources import open_sources
-from data.split import Split
-from data.split import sample as sample_text
 from inference.sampling import sample
 from model import transformer
 from monitor import report
@@ -179,7 +178,7 @@ def build(run: Run) -> Program:
 class Text:
     """What a run reads."""
 
-    sources: tuple[Split, ...]
+    sources: tuple[split.Split, ...]
     tokenizer: tokenizers.Tokenizer
     held_out: HeldOut
     loader: Loader
@@ -189,7 +188,7 @@ def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Te
     """The run with its vocabulary resolved, and its text; `tokenizer`: that of a checkpoint."""
     sources = open_sources(run.data)
     if tokenizer is None:
-        tokenizer = tokenizers.load(run.data.tokenizer, lambda: sample_text(sources))
+        tokenizer = tokenizers.load(run.data.tokenizer, lambda: split.sample(sources))
     try:
         run = dataclasses.replace(run, model=run.model.with_vocab(tokenizer.size))
     except ValueError as error:
@@ -257,7 +256,8 @@ class Origin:
         """The state, on the mesh in use; the loader goes on too, if its data is the same."""
         run = program.run
         if self.saved is None:
-            return jax.jit(lambda: init_state(program, run.seed))()
+            once = runtime.once()
+            return jax.jit(lambda: init_state(program, run.seed), compiler_options=once)()
         state = self.saved.restore(program.state)
         before = from_json(self.note["run"])
         same = (before.data, before.seed) == (run.data, run.seed)

@@ -42,7 +42,7 @@ def get_config() -> Run:
             clip=0.0,
             b1=0.7,
             b2=0.98,
-            muon=Muon(momentum=0.85, iterations=3, embed_lr=0.08, head_lr=0.024, vector_lr=0.004),
+            muon=Muon(momentum=0.85, iterations=3, embed_lr=0.12, head_lr=0.024, vector_lr=0.004),
         ),
         log=LogConfig(every=10),
         eval=EvalConfig(every=245, bytes=200_000),

@@ -56,7 +56,7 @@ SCALES = {
 
 
 def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
-    """Muon for hidden matrices, Adam without weight decay for the rest. Jordan et al. 2024.
+    """Muon for hidden matrices, Nesterov's Adam, undecayed, for the rest. Jordan et al. 2024.
 
     Muon's updates have AdamW's usual root mean square (Liu et al. 2025, arXiv:2502.16982), so
     learning rate and weight decay carry over from AdamW.
