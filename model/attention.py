@@ -68,6 +68,6 @@ class SelfAttention(nnx.Module):
         k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
         # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
         attend = jax.shard_map(self.attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
-        o_BTKGH = checkpoint_name(attend(q_BTKGH, k_BTKH, v_BTKH, context.segments), "attention")
+        o_BTKGH = attend(q_BTKGH, k_BTKH, v_BTKH, context.segments)
         # Heads are split over tensor: the sum over them crosses devices.
         return self.out(o_BTKGH)

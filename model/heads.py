@@ -124,7 +124,10 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
         total_C = over_vocab(lax.psum, jnp.sum(exp_Cv, axis=-1))
         logz_C = jnp.log(total_C) + top_C
         hit_Cv = jnp.arange(v)[None] == (target_C - first)[:, None]
-        z_target_C = over_vocab(lax.psum, jnp.sum(jnp.where(hit_Cv, z_Cv, 0), axis=-1))
+        own_C = (target_C >= first) & (target_C < first + v)
+        at_C = jnp.clip(target_C - first, 0, v - 1)
+        z_target_C = jnp.take_along_axis(z_Cv, at_C[:, None], axis=1)[:, 0]
+        z_target_C = over_vocab(lax.psum, jnp.where(own_C, z_target_C, 0))
         nats = jnp.sum(weight_C * (logz_C - z_target_C))
         z_loss = head.z_loss * jnp.sum(weight_C * logz_C**2)
         sums = (sums[0] + nats + z_loss, sums[1] + nats)

@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, K kv heads, G query heads per kv head, H head size.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 def visible(segments_BT: jax.Array, window: int) -> jax.Array:
@@ -31,7 +32,8 @@ def plain(
 ) -> jax.Array:
     """Causal attention within each segment, [B, T, K, G, H]. Vaswani et al. 2017, arXiv:1706.03762.
 
-    Softmax in float32. Memory: the [B, K, G, T, T] weights, so for short rows and as the oracle.
+    Softmax in float32. Named "attention" for remat policies: the output before its division.
+    Memory: the [B, K, G, T, T] weights, so for short rows and as the oracle.
     """
     z_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BTKH, preferred_element_type=jnp.float32)
     z_BKGTS *= scale
@@ -39,5 +41,10 @@ def plain(
         z_BKGTS = softcap * jnp.tanh(z_BKGTS / softcap)
     seen_BTS = visible(segments_BT, window)
     z_BKGTS = jnp.where(seen_BTS[:, None, None], z_BKGTS, -1e30)
-    weights_BKGTS = jax.nn.softmax(z_BKGTS, axis=-1).astype(v_BTKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BTKH)
+    top_BKGT = jax.lax.stop_gradient(jnp.max(z_BKGTS, axis=-1, keepdims=True))
+    e_BKGTS = jnp.exp(z_BKGTS - top_BKGT)
+    # Divided by its sum after the product with v: over H numbers a token, not over T.
+    total_BTKG = jnp.moveaxis(jnp.sum(e_BKGTS, axis=-1), 3, 1)
+    o_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", e_BKGTS.astype(v_BTKH.dtype), v_BTKH)
+    o_BTKGH = checkpoint_name(o_BTKGH, "attention")  # what the backward pass asks for
+    return (o_BTKGH / total_BTKG[..., None]).astype(v_BTKH.dtype)
