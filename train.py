@@ -404,9 +404,9 @@ def due(step: int, every: int) -> bool:
 
 def train(run: Run) -> None:
     """The command, once its flags are a Run."""
+    runtime.prepare()
     with command.user_input():
         meshes.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        runtime.prepare()
         check(run, jax.device_count())
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
