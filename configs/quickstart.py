@@ -7,9 +7,9 @@ from optim.config import Muon, OptimConfig
 
 
 def get_config() -> Run:
-    """About a minute on a laptop.
+    """The run that a newcomer sees first; LOG.md says how its values were found.
 
-    python train.py
+    python train.py     # 2 CPU cores: 103 s, 1.92 bits per byte held out; measured at a13deb7
     """
     arch = Arch(
         attention=Attention(qk_norm=True, scale=0.12),
