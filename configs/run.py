@@ -93,7 +93,8 @@ class Run:
 
 
 def check(run: Run, devices: int) -> None:
-    """Raise ValueError unless `run` can be split over this many devices."""
+    """Raise ValueError unless `run` can be trained, split over this many devices."""
+    _trainable(run)
     try:
         sizes = run.mesh.sizes(devices)
     except ValueError as error:
@@ -104,6 +105,27 @@ def check(run: Run, devices: int) -> None:
         axis = "heads" if name == "kv_heads" else name
         fix = f", or --config.layout.{axis}=none"
         _divides(f"model: {name}", getattr(run.model, name), _ways(run, axis, sizes), fix)
+    _divides("model: arch.moe.mlp", run.model.arch.moe.mlp, _ways(run, "mlp", sizes))
+
+
+def _trainable(run: Run) -> None:
+    """Raise ValueError unless the model predicts the next token of rows as long as the data's."""
+    arch = run.model.arch
+    if arch.head.kind != "language":
+        raise ValueError(
+            f"model: arch.head.kind={arch.head.kind!r} has no training loss here; 'language' has"
+        )
+    if not arch.attention.causal:
+        raise ValueError(
+            "model: arch.attention.causal=False sees the token that it is to predict; true trains"
+        )
+    positions = arch.embeddings.positions - arch.embeddings.first
+    if arch.embeddings.positions and run.data.seq > positions:
+        raise ValueError(
+            f"data: seq={run.data.seq} is longer than the {positions} positions that the model "
+            f"learns; at most --config.data.seq={positions}, or more "
+            f"--config.model.arch.embeddings.positions"
+        )
 
 
 def _ways(run: Run, axis: str, sizes: dict[str, int]) -> dict[str, int]:

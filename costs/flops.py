@@ -3,35 +3,61 @@
 Sizes: D embed, N heads, K kv_heads, H head_dim, F mlp, L layers, V vocab, T sequence.
 """
 
-from model.config import ModelConfig
-
-GATED = ("swiglu", "geglu")
+from model.config import GATED, ModelConfig
 
 
-def matmul_params(config: ModelConfig) -> int:
-    """Weights that every token is multiplied with: the head, tied or not, but no lookup."""
+def _mlp(config: ModelConfig, layer: int, active: bool) -> int:
+    """Matmul weights of one feed-forward; of experts, all or those of one token."""
+    moe, gates = config.arch.moe, 2 if config.arch.activation in GATED else 1
+    if not config.sparse(layer):
+        return (gates + 1) * config.mlp * config.embed
+    used = moe.active if active else moe.experts
+    return used * (gates + 1) * (moe.mlp or config.mlp) * config.embed + moe.experts * config.embed
+
+
+def _head(config: ModelConfig) -> int:
+    """Matmul weights of the head, the table over the vocabulary among them."""
+    head, D = config.arch.head, config.embed
+    over_vocab = _vocab(config) * D
+    sizes = {"language": over_vocab, "masked": over_vocab + D * D, "none": 0, "pooler": D * D}
+    return sizes.get(head.kind, D * D + head.labels * D)
+
+
+def matmul_params(config: ModelConfig, *, active: bool = True) -> int:
+    """Weights that every token is multiplied with: the head, tied or not, but no lookup.
+
+    Of experts those of one token, or all with `active=False`.
+    """
     attention = (2 * config.heads + 2 * config.kv_heads) * config.head_dim * config.embed
-    gates = 2 if config.arch.activation in GATED else 1
-    mlp = (gates + 1) * config.mlp * config.embed
-    return config.layers * (attention + mlp) + _vocab(config) * config.embed
+    mlp = sum(_mlp(config, layer, active) for layer in range(config.layers))
+    return config.layers * attention + mlp + _head(config)
 
 
 def params(config: ModelConfig) -> int:
     """All parameters, exactly."""
-    arch, D = config.arch, config.embed
+    arch, head, D = config.arch, config.arch.head, config.embed
     norm = D * (2 if arch.norm.bias else 1)
     gates = 2 if arch.activation in GATED else 1
-    layer = 2 * norm
-    if arch.attention.qk_norm:
+    layer = (4 if arch.norm.placement == "sandwich" else 2) * norm
+    if arch.attention.qk_norm == "head":
         layer += 2 * config.head_dim
+    if arch.attention.qk_norm == "all":
+        layer += (config.heads + config.kv_heads) * config.head_dim
     if arch.attention.qkv_bias:
         layer += (config.heads + 2 * config.kv_heads) * config.head_dim
     if arch.attention.out_bias:
         layer += D
     if arch.mlp_bias:
         layer += gates * config.mlp + D
-    embedding = 0 if arch.head.tied else _vocab(config) * D
-    return matmul_params(config) + config.layers * layer + norm + embedding
+    embeddings = arch.embeddings
+    rows = _vocab(config) + embeddings.positions + embeddings.types
+    if head.kind in ("language", "masked") and head.tied:
+        rows -= _vocab(config)  # counted with the head
+    last = 0 if arch.norm.placement == "post" else norm
+    extra = {"language": 0, "none": 0, "masked": D + norm + _vocab(config), "pooler": D}
+    biases = extra.get(head.kind, D + head.labels)
+    own = rows * D + last + biases + (norm if embeddings.norm else 0)
+    return matmul_params(config, active=False) + config.layers * layer + own
 
 
 def visible(seq: int, window: int = 0) -> float:
@@ -50,8 +76,10 @@ def flops_per_token(config: ModelConfig, seq: int) -> float:
     layer (Chowdhery et al. 2022, arXiv:2204.02311, appendix B, with causal attention counted half).
     Rows packed from short documents see less than this.
     """
-    windows = config.arch.attention.windows
-    seen = sum(visible(seq, windows[i % len(windows)]) for i in range(config.layers))
+    causal = config.arch.attention.causal
+    seen = sum(
+        visible(seq, config.window(layer)) if causal else seq for layer in range(config.layers)
+    )
     return 6.0 * matmul_params(config) + 12.0 * config.heads * config.head_dim * seen
 
 

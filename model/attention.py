@@ -1,12 +1,12 @@
 """The attention half of a block: project, rotate, attend, project back.
 
-Shapes: B rows, T tokens, D embed, K kv heads, G query heads per kv head, H head size;
-J = G + 2: a kv head's queries, then its key, then its value.
+Shapes: B rows, T tokens, S tokens of a cache, D embed, K kv heads, G query heads per kv head,
+H head size; J = G + 2: a kv head's queries, then its key, then its value.
 """
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from flax import nnx
@@ -19,6 +19,8 @@ from model.layers import Linear, RMSNorm
 from model.rope import Rotation, rotate
 from sharding.layout import Layout
 
+KeysValues = tuple[jax.Array, jax.Array]  # [B, S, K, H] each
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Context:
     """What every layer knows of the rows it works on."""
 
     segments: jax.Array  # [B, T]; tokens of one document share a number, 0 is padding
-    rotations: dict[float, Rotation]  # by RoPE base
+    rotations: dict[str, Rotation]  # "global" and "local"; none without RoPE
+    held: jax.Array | None = None  # [B], tokens in the cache; None: the rows are whole texts
+    # What layers hand back: "hidden", their states; "cache", the keys and values of the rows.
+    keep: tuple[str, ...] = field(default=(), metadata={"static": True})
 
 
 class SelfAttention(nnx.Module):
@@ -45,29 +50,47 @@ class SelfAttention(nnx.Module):
         )
         self.qkv = linear("BTD,KJHD->BTKJH", bias=attention.qkv_bias, batch="KJ")
         self.out = linear("BTKGH,DKGH->BTD", bias=attention.out_bias, std=cfg.residual_std)
-        norm = functools.partial(RMSNorm, cfg.head_dim, cfg.arch.norm.eps, cfg.param_dtype)
-        self.q_norm = norm() if attention.qk_norm else None
-        self.k_norm = norm() if attention.qk_norm else None
-        rope = cfg.arch.rope
-        self.theta = (window and rope.local_theta) or rope.theta
-        self.attend = functools.partial(
-            kernels.attention.plain,
-            scale=attention.scale or 1 / math.sqrt(cfg.head_dim),
-            window=window,
-            softcap=attention.softcap,
-        )
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> jax.Array:
+        def norm(*heads: int) -> RMSNorm | None:
+            """Over a head, or over all of them."""
+            if attention.qk_norm == "none":
+                return None
+            heads = heads if attention.qk_norm == "all" else ()
+            where = layout.spec("heads", None, None) if heads else None
+            shape = (*heads, cfg.head_dim)
+            return RMSNorm(shape, cfg.arch.norm, cfg.param_dtype, spec=where)
+
+        self.q_norm, self.k_norm = norm(cfg.kv_heads, groups), norm(cfg.kv_heads, 1)
+        rope = cfg.arch.rope
+        self.rotation = "local" if window and rope.local_theta else "global"
+        settings = {
+            "scale": attention.scale or 1 / math.sqrt(cfg.head_dim),
+            "window": window,
+            "softcap": attention.softcap,
+        }
+        self.attend = functools.partial(
+            kernels.attention.plain, causal=attention.causal, **settings
+        )
+        self.attend_cached = functools.partial(kernels.attention.cached, **settings)
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: KeysValues | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """(y_BTD, the rows' keys and values); `cache` holds those of the tokens before them."""
         qkv_BTKJH = checkpoint_name(self.qkv(x_BTD), "qkv")
         groups = qkv_BTKJH.shape[3] - 2
         q_BTKGH, k_BTKH, v_BTKH = lax.split(qkv_BTKJH, (groups, 1, 1), axis=3)
         if self.q_norm is not None:
             q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
-        rotation = context.rotations[self.theta]
-        q_BTKGH, k_BTKH = rotate(q_BTKGH, rotation), rotate(k_BTKH, rotation)
+        if context.rotations:
+            rotation = context.rotations[self.rotation]
+            q_BTKGH, k_BTKH = rotate(q_BTKGH, rotation), rotate(k_BTKH, rotation)
         k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
         # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
-        attend = jax.shard_map(self.attend, out_specs=jax.typeof(q_BTKGH).sharding.spec)
-        o_BTKGH = attend(q_BTKGH, k_BTKH, v_BTKH, context.segments)
+        over = functools.partial(jax.shard_map, out_specs=jax.typeof(q_BTKGH).sharding.spec)
+        if cache is None:
+            o_BTKGH = over(self.attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
+        else:
+            o_BTKGH = over(self.attend_cached)(q_BTKGH, k_BTKH, v_BTKH, *cache, context.held)
         # Heads are split over tensor: the sum over them crosses devices.
-        return self.out(o_BTKGH)
+        return self.out(o_BTKGH), (k_BTKH, v_BTKH)

@@ -1,4 +1,5 @@
-"""The language head and its loss, in chunks: the full logits never exist in memory.
+"""Heads: what is read from the hidden states. The language head's loss comes in chunks: the full
+logits never exist in memory.
 
 Shapes: B rows, T tokens, D embed, V vocabulary; N tokens of one device, C of one chunk;
 v and d: one device's part of V and D.
@@ -13,8 +14,9 @@ from flax import nnx
 from jax import lax
 
 from model.config import Head, ModelConfig
-from model.layers import Role, normal
+from model.layers import Linear, Role, aligned, make_norm, normal
 from model.matmul import einsum
+from model.mlp import CURVES
 from sharding.gather import axes_of
 from sharding.layout import Layout
 
@@ -47,6 +49,72 @@ class LanguageHead(nnx.Module):
         Nothing flows back from the second sum, nor to the weights.
         """
         return chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, self.head)
+
+
+def square(cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs) -> Linear:
+    """The dense layer, D to D, of a head that is more than one matmul."""
+    sizes, axes = {"D": cfg.embed, "E": cfg.embed}, {"D": "embed"}
+    return Linear("BTD,ED->BTE", sizes, axes, layout, rngs, dtype=cfg.param_dtype, bias=True)
+
+
+class MaskedHead(LanguageHead):
+    """Hidden states to logits of the masked tokens. Devlin et al. 2018, arXiv:1810.04805."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        super().__init__(cfg, layout, rngs)
+        self.dense = square(cfg, layout, rngs)
+        self.norm = make_norm(cfg.arch.norm, cfg.embed, cfg.param_dtype)
+        zeros = jnp.zeros((cfg.vocab,), cfg.param_dtype, out_sharding=layout.spec("vocab"))
+        self.bias = nnx.Param(zeros)
+        self.curve = CURVES[cfg.arch.activation]
+
+    def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
+        """[B, T, V] float32."""
+        x_BTD = self.norm(self.curve(self.dense(x_BTD)))
+        z_BTV = super().logits(x_BTD, table_VD)
+        return z_BTV + aligned(self.bias[...].astype(jnp.float32), z_BTV)
+
+
+class RowHead(nnx.Module):
+    """The first token's hidden state, through a dense layer, to a vector or to class logits."""
+
+    def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
+        head = cfg.arch.head
+        self.dense = square(cfg, layout, rngs)
+        self.curve = {"tanh": jnp.tanh, "relu": jax.nn.relu}[head.curve]
+        sizes, axes = {"D": cfg.embed, "C": head.labels}, {"D": "embed"}
+        self.classifier = (
+            Linear("BTD,CD->BTC", sizes, axes, layout, rngs, dtype=cfg.param_dtype, bias=True)
+            if head.kind == "classifier"
+            else None
+        )
+
+    def logits(self, x_BTD: jax.Array, _: jax.Array) -> jax.Array:
+        """[B, C] float32, or [B, D] without a classifier."""
+        y_BTD = self.curve(self.dense(x_BTD[:, :1]))
+        if self.classifier is not None:
+            y_BTD = self.classifier(y_BTD)
+        return y_BTD.squeeze(1).astype(jnp.float32)
+
+
+class NoHead(nnx.Module):
+    """The hidden states as they are."""
+
+    def logits(self, x_BTD: jax.Array, _: jax.Array) -> jax.Array:
+        """[B, T, D] float32."""
+        return x_BTD.astype(jnp.float32)
+
+
+def make_head(cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs) -> nnx.Module:
+    """The head that the config asks for; all have `logits(x_BTD, table_VD)`."""
+    match cfg.arch.head.kind:
+        case "language":
+            return LanguageHead(cfg, layout, rngs)
+        case "masked":
+            return MaskedHead(cfg, layout, rngs)
+        case "none":
+            return NoHead()
+    return RowHead(cfg, layout, rngs)
 
 
 def cap(z: jax.Array, softcap: float) -> jax.Array:

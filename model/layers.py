@@ -83,31 +83,40 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last dim, in float32. Zhang & Sennrich 2019, arXiv:1910.07467."""
+    """x / rms(x) * (offset + scale), in float32, over the last dims, as many as `shape` has.
 
-    def __init__(self, size: int, eps: float, dtype: str):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.eps = eps
+    Zhang & Sennrich 2019, arXiv:1910.07467. `spec` splits the scale.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], norm: config.Norm, dtype: str, *, spec: jax.P | None = None
+    ):
+        ones = jnp.ones(shape, dtype, out_sharding=spec)
+        self.scale = nnx.Param(ones - jnp.asarray(norm.offset, dtype))
+        self.eps, self.offset = norm.eps, norm.offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...].astype(jnp.float32)
         x32 = x.astype(jnp.float32)
-        x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * aligned(self.scale[...].astype(jnp.float32), x)).astype(x.dtype)
+        # Where the scale is split, devices talk: the mean is over all of its dims.
+        dims = tuple(range(-scale.ndim, 0))
+        x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=dims, keepdims=True) + self.eps)
+        return (x32 * aligned(self.offset + scale, x)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias over the last dim, in float32. Ba et al. 2016."""
 
-    def __init__(self, size: int, eps: float, dtype: str, *, bias: bool):
-        self.scale = nnx.Param(jnp.ones((size,), dtype))
-        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if bias else None
-        self.eps = eps
+    def __init__(self, size: int, norm: config.Norm, dtype: str):
+        self.scale = nnx.Param(jnp.ones((size,), dtype) - jnp.asarray(norm.offset, dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if norm.bias else None
+        self.eps, self.offset = norm.eps, norm.offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         x32 -= jnp.mean(x32, axis=-1, keepdims=True)
         x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        y = x32 * aligned(self.scale[...].astype(jnp.float32), x)
+        y = x32 * aligned(self.offset + self.scale[...].astype(jnp.float32), x)
         if self.bias is not None:
             y += aligned(self.bias[...].astype(jnp.float32), x)
         return y.astype(x.dtype)
@@ -116,18 +125,26 @@ class LayerNorm(nnx.Module):
 def make_norm(norm: config.Norm, size: int, dtype: str) -> RMSNorm | LayerNorm:
     """The norm that the config asks for, over dims of `size`."""
     if norm.kind == "rms":
-        return RMSNorm(size, norm.eps, dtype)
-    return LayerNorm(size, norm.eps, dtype, bias=norm.bias)
+        return RMSNorm((size,), norm, dtype)
+    return LayerNorm(size, norm, dtype)
 
 
 class Embedding(nnx.Module):
-    """Token ids to vectors. The table lies split over the vocabulary and over D."""
+    """Ids to vectors. The table lies split over D and, if it is the vocabulary's, over its rows."""
 
     def __init__(
-        self, vocab: int, embed: int, layout: Layout, rngs: nnx.Rngs, *, dtype: str, std: float
+        self,
+        size: int,
+        embed: int,
+        layout: Layout,
+        rngs: nnx.Rngs,
+        *,
+        dtype: str,
+        std: float,
+        rows: str | None = "vocab",
     ):
-        where = layout.spec("vocab", "embed")
-        draw = normal(rngs, (vocab, embed), where, std, dtype)
+        where = layout.spec(rows, "embed")
+        draw = normal(rngs, (size, embed), where, std, dtype)
         self.table = nnx.Param(draw, role=Role("embedding"))
         self.ids = layout.spec("batch", None)
         self.out = layout.spec("batch", None, None)

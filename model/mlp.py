@@ -17,6 +17,7 @@ from sharding.layout import Layout
 GATES = {"swiglu": jax.nn.silu, "geglu": functools.partial(jax.nn.gelu, approximate=True)}
 CURVES = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
     "relu": jax.nn.relu,
     "relu2": lambda x: jax.nn.relu(x) ** 2,  # So et al. 2021, arXiv:2109.08668
 }

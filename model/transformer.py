@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D embed. A stacked weight leads with L, its layers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,15 +13,19 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Context, SelfAttention
+from model.attention import Context, KeysValues, SelfAttention
+from model.cache import Cache, append
 from model.config import ModelConfig
-from model.heads import LanguageHead
+from model.heads import make_head
 from model.layers import Embedding, Role, make_norm
 from model.mlp import make_mlp
+from model.moe import MoeMlp
 from model.rope import rotation
 from sharding.layout import Layout
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
+# A tree for each place of the pattern, its repetitions stacked; then one for each last layer.
+Parts = tuple[Sequence[Any], Sequence[Any]]
 
 # What a layer keeps for its backward pass, from least compute to least memory. "none" keeps all.
 REMAT = {
@@ -32,13 +37,13 @@ REMAT = {
 
 def run_layers(
     layers: Sequence[Layer],
-    weights: tuple[Sequence[Any], Sequence[Any]],
+    weights: Parts,
     x_BTD: jax.Array,
     context: Any,
     *,
     unroll: int = 1,
-) -> tuple[jax.Array, Any]:
-    """x through every layer; the extras of each layer stacked, one tree for each place.
+) -> tuple[jax.Array, Parts]:
+    """x through every layer, and the extras of each layer, in parts as the weights are.
 
     Layers are a pattern of p places, repeated: `layers` are p pure functions
     `(weights, x, context) -> (x, extras)`. `weights` holds p trees that lead with the number of
@@ -47,7 +52,7 @@ def run_layers(
     """
     stacks, rest = weights
 
-    def repetition(x_BTD: jax.Array, weights: Sequence[Any]) -> tuple[jax.Array, Any]:
+    def repetition(x_BTD: jax.Array, weights: Sequence[Any]) -> tuple[jax.Array, tuple]:
         extras = []
         for layer, own in zip(layers, weights, strict=False):
             x_BTD, extra = layer(own, x_BTD, context)
@@ -55,76 +60,186 @@ def run_layers(
         return x_BTD, tuple(extras)
 
     x_BTD, extras = lax.scan(repetition, x_BTD, tuple(stacks), unroll=unroll)
-    if rest:
-        x_BTD, last = repetition(x_BTD, rest)
-        extras = (
-            tuple(
-                jax.tree.map(lambda all_, one: jnp.concatenate([all_, one[None]]), extra, own)
-                for extra, own in zip(extras, last, strict=False)
-            )
-            + extras[len(last) :]
-        )
-    return x_BTD, extras
+    x_BTD, last = repetition(x_BTD, rest)
+    return x_BTD, (extras, last)
+
+
+def by_layer(parts: Parts) -> list[Any]:
+    """Parts as one tree for each layer, in the layers' order."""
+    stacks, rest = parts
+    repeats = jax.tree.leaves(stacks[0])[0].shape[0]
+    each = [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(repeats) for tree in stacks]
+    return each + list(rest)
 
 
 class Block(nnx.Module):
-    """One layer: x + attention(norm x), then x + mlp(norm x)."""
+    """One layer: attention, then the feed-forward, each added to what came in.
 
-    def __init__(self, cfg: ModelConfig, window: int, layout: Layout, rngs: nnx.Rngs):
-        self.norm1 = make_norm(cfg.arch.norm, cfg.embed, cfg.param_dtype)
-        self.attention = SelfAttention(cfg, window, layout, rngs)
-        self.norm2 = make_norm(cfg.arch.norm, cfg.embed, cfg.param_dtype)
-        self.mlp = make_mlp(cfg, layout, rngs)
+    `Norm.placement` says where the norms stand. A norm's name says its place: norm1 and norm2
+    before their branch (or, of "post", after the sum), post1 and post2 after it.
+    """
 
-    def __call__(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, dict]:
-        x_BTD = x_BTD + self.attention(self.norm1(x_BTD), context)
+    def __init__(self, cfg: ModelConfig, place: int, layout: Layout, rngs: nnx.Rngs):
+        norm = cfg.arch.norm
+
+        def norm_at(*placements: str) -> nnx.Module | None:
+            there = norm.placement in placements
+            return make_norm(norm, cfg.embed, cfg.param_dtype) if there else None
+
+        self.norm1, self.norm2 = (norm_at("pre", "sandwich", "post") for _ in "12")
+        self.post1, self.post2 = (norm_at("output", "sandwich") for _ in "12")
+        self.attention = SelfAttention(cfg, cfg.window(place), layout, rngs)
+        self.mlp = (MoeMlp if cfg.sparse(place) else make_mlp)(cfg, layout, rngs)
+        self.sparse = cfg.sparse(place)
+        self.norm_sum = norm.placement == "post"
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, cache: KeysValues | None = None
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """(x_BTD, extras): the router's statistics, and what `context.keep` asks for."""
+        extras = {}
+
+        def attend(x_BTD: jax.Array) -> jax.Array:
+            y_BTD, keys_values = self.attention(x_BTD, context, cache)
+            if "cache" in context.keep:
+                extras["cache"] = keys_values
+            return y_BTD
+
+        def feed_forward(x_BTD: jax.Array) -> jax.Array:
+            if not self.sparse:
+                return self.mlp(x_BTD)
+            y_BTD, extras["router"] = self.mlp(x_BTD, context.segments)
+            return y_BTD
+
+        x_BTD = self.add(attend, x_BTD, self.norm1, self.post1)
         x_BTD = checkpoint_name(x_BTD, "mid")
-        return x_BTD + self.mlp(self.norm2(x_BTD)), {}
+        x_BTD = self.add(feed_forward, x_BTD, self.norm2, self.post2)
+        if "hidden" in context.keep:
+            extras["hidden"] = x_BTD
+        return x_BTD, extras
+
+    def add(
+        self,
+        branch: Callable[[jax.Array], jax.Array],
+        x_BTD: jax.Array,
+        norm: Callable | None,
+        post: Callable | None,
+    ) -> jax.Array:
+        """x and what the branch makes of it, summed, with the norms in their places."""
+        if self.norm_sum:
+            return norm(x_BTD + branch(x_BTD))
+        y_BTD = branch(norm(x_BTD) if norm else x_BTD)
+        return x_BTD + (post(y_BTD) if post else y_BTD)
 
 
 class Transformer(nnx.Module):
-    """A decoder. Call it for the hidden states; `head` turns them into logits or a loss."""
+    """A decoder or an encoder. Call it for the hidden states; `head` makes something of them."""
 
     def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         assert cfg.vocab, "vocab is resolved from the tokenizer before the model is made"
-        windows = cfg.arch.attention.windows[: cfg.layers]
-        repeats, rest = divmod(cfg.layers, len(windows))
+        arch, extra = cfg.arch, cfg.arch.embeddings
+        repeats, rest = divmod(cfg.layers, cfg.places)
 
-        def stack(window: int) -> Block:
+        def stack(place: int) -> Block:
             """A Block whose weights lead with L."""
             keys = jax.random.split(rngs.params(), repeats)
-            return jax.vmap(lambda key: Block(cfg, window, layout, nnx.Rngs(key)))(keys)
+            return jax.vmap(lambda key: Block(cfg, place, layout, nnx.Rngs(key)))(keys)
 
-        self.embedding = Embedding(
-            cfg.vocab, cfg.embed, layout, rngs, dtype=cfg.param_dtype, std=cfg.arch.init.embed
+        table = functools.partial(
+            Embedding, layout=layout, rngs=rngs, dtype=cfg.param_dtype, std=arch.init.embed
         )
-        self.blocks = nnx.List([stack(window) for window in windows])
-        self.rest = nnx.List([Block(cfg, window, layout, rngs) for window in windows[:rest]])
-        self.norm = make_norm(cfg.arch.norm, cfg.embed, cfg.param_dtype)
-        self.head = LanguageHead(cfg, layout, rngs)
+        norm = functools.partial(make_norm, arch.norm, cfg.embed, cfg.param_dtype)
+        self.embedding = table(cfg.vocab, cfg.embed)
+        self.positions = table(extra.positions, cfg.embed, rows=None) if extra.positions else None
+        self.types = table(extra.types, cfg.embed, rows=None) if extra.types else None
+        self.embedding_norm = norm() if extra.norm else None
+        self.blocks = nnx.List([stack(place) for place in range(cfg.places)])
+        self.rest = nnx.List([Block(cfg, place, layout, rngs) for place in range(rest)])
+        self.norm = None if arch.norm.placement == "post" else norm()
+        self.head = make_head(cfg, layout, rngs)
         self.cfg = cfg
 
     def __call__(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        types_BT: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] after the last norm, in the compute dtype."""
-        cfg, rope = self.cfg, self.cfg.arch.rope
+        return self.run(ids_BT, positions_BT, segments_BT, types_BT)[0]
+
+    def embed(
+        self, ids_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None
+    ) -> jax.Array:
+        """What goes into the first layer, [B, T, D]."""
+        cfg, extra = self.cfg, self.cfg.arch.embeddings
         x_BTD = self.embedding(ids_BT, cfg.dtype)
-        if cfg.arch.embed_scale:
+        if extra.scale:
             x_BTD *= jnp.asarray(cfg.embed**0.5, x_BTD.dtype)
-        thetas = {rope.theta, rope.local_theta or rope.theta}
-        context = Context(
-            segments_BT, {theta: rotation(positions_BT, cfg.head_dim, theta) for theta in thetas}
-        )
+        if self.positions is not None:
+            x_BTD += self.positions(positions_BT + extra.first, cfg.dtype)
+        if self.types is not None:
+            types_BT = jnp.zeros_like(ids_BT) if types_BT is None else types_BT
+            x_BTD += self.types(types_BT, cfg.dtype)
+        return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
+
+    def run(
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        types_BT: jax.Array | None = None,
+        *,
+        keep: tuple[str, ...] = (),
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        """(hidden states after the last norm, extras of the layers).
+
+        `keep` says what Context does. With a cache the rows go on from what it holds.
+        """
+        cfg, rope = self.cfg, self.cfg.arch.rope
+        x_BTD = self.embed(ids_BT, positions_BT, types_BT)
+        turn = functools.partial(rotation, positions_BT, cfg.head_dim)
+        rotations = {"global": turn(rope.theta, rope.scaling)} if rope.theta else {}
+        if rope.local_theta:
+            rotations["local"] = turn(rope.local_theta)
+        held = None if cache is None else cache.lengths
+        context = Context(segments_BT, rotations, held, keep)
         graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         rest = [nnx.state(block) for block in self.rest]
-        layers = [remat(pure(graph), cfg) for graph in graphs]
-        x_BTD, _ = run_layers(layers, (stacks, rest), x_BTD, context, unroll=cfg.unroll)
-        return self.norm(x_BTD)
+        if cache is None:
+            layers, weights = [remat(pure(graph), cfg) for graph in graphs], (stacks, rest)
+        else:
+            layers = [pure_cached(graph) for graph in graphs]
+            weights = tuple(
+                tuple(zip(own, held, strict=True))
+                for own, held in ((stacks, cache.layers), (rest, cache.rest))
+            )
+        x_BTD, extras = run_layers(layers, weights, x_BTD, context, unroll=cfg.unroll)
+        return x_BTD if self.norm is None else self.norm(x_BTD), extras
+
+    def extend(
+        self, ids_BT: jax.Array, counts_B: jax.Array, cache: Cache, *, fresh: bool = False
+    ) -> tuple[jax.Array, Cache]:
+        """Row b goes on with the first `counts_B[b]` of its ids: (hidden states [B, T, D], cache).
+
+        Hidden states past a row's count mean nothing. `fresh` promises an empty cache, which costs
+        no attention to it.
+        """
+        steps_T = jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
+        positions_BT = cache.lengths[:, None] + steps_T[None]
+        segments_BT = (steps_T[None] < counts_B[:, None]).astype(jnp.int32)
+        x_BTD, extras = self.run(
+            ids_BT, positions_BT, segments_BT, keep=("cache",), cache=None if fresh else cache
+        )
+        more = (tuple(extra["cache"] for extra in part) for part in extras)
+        return x_BTD, append(cache, *more, counts_B)
 
     def table(self) -> jax.Array:
-        """The weight of the head, [V, D]: its own, or the embedding's."""
-        return self.embedding.table[...] if self.head.table is None else self.head.table[...]
+        """The weight over the vocabulary, [V, D]: the head's own, or the embedding's."""
+        own = getattr(self.head, "table", None)
+        return self.embedding.table[...] if own is None else own[...]
 
     def loss(
         self,
@@ -133,16 +248,43 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         weights: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """(loss, nats) of predicting `targets`, as LanguageHead.loss sums them; all [B, T]."""
-        x_BTD = self(inputs, positions, segments)
-        return self.head.loss(x_BTD, self.table(), targets, weights)
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss of predicting `targets`, as LanguageHead.loss sums it; all [B, T].
+
+        With it what to tell of it: "nats" without any auxiliary loss and, of experts, the means
+        over their layers of the router's balance, log(Z)^2 and largest load (MoeMlp), times the
+        sum of `weights`, so that sums over micro-batches are means over the batch.
+        """
+        x_BTD, extras = self.run(inputs, positions, segments)
+        loss, nats = self.head.loss(x_BTD, self.table(), targets, weights)
+        told = {"nats": nats}
+        routers = [extra["router"] for extra in extras[0] if "router" in extra] + [
+            jax.tree.map(lambda one: one[None], extra["router"])
+            for extra in extras[1]
+            if "router" in extra
+        ]
+        if routers:
+            moe, share = self.cfg.arch.moe, jnp.sum(weights)
+            balance, z, load = (
+                jnp.concatenate([router[name] for router in routers])
+                for name in ("balance", "z", "load")
+            )
+            told["router_balance"] = share * jnp.mean(balance)
+            told["router_z"] = share * jnp.mean(z)
+            told["router_load"] = share * jnp.mean(jnp.max(load, axis=-1))
+            loss += moe.balance * told["router_balance"] + moe.z_loss * told["router_z"]
+        return loss, told
 
     def logits(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        types_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, V] float32."""
-        return self.head.logits(self(ids_BT, positions_BT, segments_BT), self.table())
+        """What the head reads from the hidden states, float32: [B, T, V] of a language head."""
+        x_BTD = self(ids_BT, positions_BT, segments_BT, types_BT)
+        return self.head.logits(x_BTD, self.table())
 
 
 def pure(graph: nnx.GraphDef) -> Layer:
@@ -150,12 +292,17 @@ def pure(graph: nnx.GraphDef) -> Layer:
     return lambda weights, x_BTD, context: nnx.merge(graph, weights)(x_BTD, context)
 
 
+def pure_cached(graph: nnx.GraphDef) -> Layer:
+    """A block as a function of its weights and its part of a cache."""
+    return lambda own, x_BTD, context: nnx.merge(graph, own[0])(x_BTD, context, own[1])
+
+
 def remat(layer: Layer, cfg: ModelConfig) -> Layer:
     """The same layer, keeping only what `cfg.remat` names for its backward pass."""
     if cfg.remat == "none":
         return layer
     policy = jax.checkpoint_policies.save_only_these_names(*REMAT[cfg.remat])
-    in_loop = cfg.unroll < cfg.layers // len(cfg.arch.attention.windows)
+    in_loop = cfg.unroll < cfg.layers // cfg.places
     return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)
 
 

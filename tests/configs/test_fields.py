@@ -16,8 +16,12 @@ from sharding.layout import MeshAxis
 LEAVES = list(fields.leaves(Run()))
 PATHS = [path for path, _, _ in LEAVES]
 # What must be set as well before a field can be anything but its default.
-NEEDS = {"model.arch.norm.bias": {"model.arch.norm.kind": "layer"}}
-TEXTS = ("other", *DTYPES, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES)
+NEEDS = {
+    "model.arch.norm.bias": {"model.arch.norm.kind": "layer"},
+    "model.arch.embeddings.first": {"model.arch.embeddings.positions": "8"},
+}
+TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")
+TEXTS += (*DTYPES, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES)
 
 
 def get(config, path):

@@ -35,6 +35,19 @@ def test_a_run_that_cannot_be_split_says_which_size_and_which_axis(texts, device
 
 
 @pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"model.arch.head.kind": "masked"}, "arch.head.kind='masked' has no training loss"),
+        ({"model.arch.attention.causal": "false"}, "causal=False sees the token that it is to"),
+        ({"model.arch.embeddings.positions": "8"}, "is longer than the 8 positions that the model"),
+    ],
+)
+def test_a_model_that_does_not_predict_the_next_token_of_these_rows_is_refused(texts, message):
+    with pytest.raises(ValueError, match=message):
+        check(run(**texts), 1)
+
+
+@pytest.mark.parametrize(
     ("texts", "devices"),
     [
         ({}, 1),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from costs.flops import flops_per_token, matmul_params, params, visible
-from model.config import Arch, Attention, Head, ModelConfig, Norm
+from model.config import Arch, Attention, Embeddings, Head, ModelConfig, Norm, Rope
 
 
 def decoder(layers, embed, heads, kv_heads, head_dim, mlp, vocab, **arch):
@@ -30,7 +30,10 @@ GPT2 = {
     "head": TIED,
     "activation": "gelu",
     "mlp_bias": True,
+    "embeddings": Embeddings(positions=1024),
+    "rope": Rope(0),
 }
+QK_NORM = Attention(qk_norm="head")
 PUBLISHED = {
     "Llama-3-8B": (decoder(32, 4096, 32, 8, 128, 14_336, 128_256), 8_030_261_248),
     "Llama-3.2-1B, untied": (LLAMA_1B, 1_498_482_688),
@@ -42,11 +45,12 @@ PUBLISHED = {
         494_032_768,
     ),
     "Qwen3-0.6B": (
-        decoder(28, 1024, 16, 8, 128, 3072, 151_936, head=TIED, attention=Attention(qk_norm=True)),
+        decoder(
+            28, 1024, 16, 8, 128, 3072, 151_936, head=TIED, attention=Attention(qk_norm="head")
+        ),
         596_049_920,
     ),
-    # GPT-2 learns its 1024 positions; ours are rotary.
-    "GPT-2": (decoder(12, 768, 12, 12, 64, 3072, 50_257, **GPT2), 124_439_808 - 1024 * 768),
+    "GPT-2": (decoder(12, 768, 12, 12, 64, 3072, 50_257, **GPT2), 124_439_808),
 }
 
 

@@ -3,6 +3,8 @@
 Shapes: B rows, T tokens, N query heads, K kv heads, H head size, D embed, F hidden, V vocabulary.
 """
 
+import math
+
 import numpy as np
 
 
@@ -24,11 +26,38 @@ def layer_norm(x, scale, bias, eps):
     return rms_norm(x, scale, eps) + bias
 
 
-def attention(q_TNH, k_TKH, v_TKH, segments_T, *, scale, window=0, softcap=0.0):
+def scaled(theta_h, scaling):
+    """Frequencies of a stretched RoPE, one pair at a time."""
+    out = []
+    for i, f in enumerate(theta_h):
+        wave, H = 2 * np.pi / f, 2 * len(theta_h)
+        if scaling.kind == "linear":
+            f = f / scaling.factor
+        if scaling.kind == "llama3" and wave > scaling.trained / scaling.low:
+            f = f / scaling.factor
+        elif scaling.kind == "llama3" and wave > scaling.trained / scaling.high:
+            s = (scaling.trained / wave - scaling.low) / (scaling.high - scaling.low)
+            f = (1 - s) * f / scaling.factor + s * f
+        if scaling.kind == "yarn":
+            base = theta_h[1] ** (-H / 2)
+
+            def pair(turns, base=base, H=H):
+                return H * np.log(scaling.trained / (2 * np.pi * turns)) / (2 * np.log(base))
+
+            low = max(np.floor(pair(scaling.beta_fast)), 0)
+            high = min(np.ceil(pair(scaling.beta_slow)), H - 1)
+            s = np.clip((i - low) / (high - low), 0, 1)
+            f = s * f / scaling.factor + (1 - s) * f
+        out.append(f)
+    return np.array(out)
+
+
+def attention(q_TNH, k_TKH, v_TKH, segments_T, *, scale, window=0, softcap=0.0, causal=True):
     """One row, one token and one head at a time, over the list of what the token may see."""
     out_TNH, groups = np.zeros_like(q_TNH), q_TNH.shape[1] // k_TKH.shape[1]
     for t, n in np.ndindex(q_TNH.shape[:2]):
-        seen = [s for s in range(t + 1) if segments_T[s] == segments_T[t]]
+        seen = [s for s in range(len(segments_T)) if segments_T[s] == segments_T[t]]
+        seen = [s for s in seen if not causal or s <= t]
         seen = [s for s in seen if not window or t - s < window]
         z = k_TKH[seen, n // groups] @ q_TNH[t, n] * scale
         z = softcap * np.tanh(z / softcap) if softcap else z
@@ -46,10 +75,15 @@ def gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu_erf(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+
+
 CURVES = {
     "swiglu": silu,
     "geglu": gelu,
     "gelu": gelu,
+    "gelu_erf": gelu_erf,
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
@@ -68,6 +102,20 @@ def mlp(x_TD, weights, activation):
     return linear("down", curve(linear("up", x_TD)))
 
 
+def experts(x_TD, weights, moe, activation):
+    """Each token through each of its experts, one at a time."""
+    out_TD = np.zeros_like(x_TD)
+    for t, x_D in enumerate(x_TD):
+        z_E = weights["router"]["weight"] @ x_D
+        p_E = np.exp(z_E - z_E.max()) / np.exp(z_E - z_E.max()).sum()
+        chosen = np.argsort(-p_E)[: moe.active]
+        total = p_E[chosen].sum() if moe.normalize else 1
+        for e in chosen:
+            own = {name: {"weight": weights[name]["weight"][e]} for name in ("gate_up", "down")}
+            out_TD[t] += p_E[e] / total * mlp(x_D[None], own, activation)[0]
+    return out_TD
+
+
 def loss(logits_NV, targets_N, weights_N, z_loss=0.0):
     """(sum of weight * (nats + z_loss log(Z)^2), sum of weight * nats)."""
     total = nats = 0.0
@@ -78,44 +126,102 @@ def loss(logits_NV, targets_N, weights_N, z_loss=0.0):
     return total, nats
 
 
-def logits(params, cfg, ids_T, positions_T, segments_T):
-    """[T, V] of one row: a whole decoder with the parameters of ours."""
+def hidden(params, cfg, ids_T, positions_T, segments_T, types_T):
+    """[T, D] of one row: a whole Transformer, without its head, with the parameters of ours."""
     arch = cfg.arch
 
-    def norm(x, weights):
-        if arch.norm.kind == "rms":
-            return rms_norm(x, weights["scale"], arch.norm.eps)
-        return layer_norm(x, weights["scale"], weights.get("bias", 0), arch.norm.eps)
+    def norm(x, weights, kind=arch.norm.kind):
+        scale = weights["scale"] + arch.norm.offset
+        if kind == "rms":
+            return rms_norm(x, scale, arch.norm.eps)
+        return layer_norm(x, scale, weights.get("bias", 0), arch.norm.eps)
+
+    def heads_norm(x_TNH, weights):
+        if arch.attention.qk_norm == "head":
+            return norm(x_TNH, weights, "rms")
+        flat = {"scale": weights["scale"].reshape(-1)}
+        return norm(x_TNH.reshape(len(x_TNH), -1), flat, "rms").reshape(x_TNH.shape)
+
+    def turned(x_TNH, window):
+        theta = (window and arch.rope.local_theta) or arch.rope.theta
+        return rope(x_TNH, positions_T, theta) if theta else x_TNH
 
     def attend(x_TD, weights, window):
         kv_groups = np.einsum("TD,KJHD->TKJH", x_TD, weights["qkv"]["weight"])
         kv_groups = kv_groups + weights["qkv"].get("bias", 0)
         q_TNH = kv_groups[:, :, :-2].reshape(len(x_TD), cfg.heads, cfg.head_dim)
         k_TKH, v_TKH = kv_groups[:, :, -2], kv_groups[:, :, -1]
-        if arch.attention.qk_norm:
-            q_TNH = rms_norm(q_TNH, weights["q_norm"]["scale"], arch.norm.eps)
-            k_TKH = rms_norm(k_TKH, weights["k_norm"]["scale"], arch.norm.eps)
-        theta = (window and arch.rope.local_theta) or arch.rope.theta
+        if arch.attention.qk_norm != "none":
+            q_TNH = heads_norm(q_TNH, weights["q_norm"])
+            k_TKH = heads_norm(k_TKH, weights["k_norm"])
         o_TNH = attention(
-            rope(q_TNH, positions_T, theta),
-            rope(k_TKH, positions_T, theta),
+            turned(q_TNH, window),
+            turned(k_TKH, window),
             v_TKH,
             segments_T,
             scale=arch.attention.scale or cfg.head_dim**-0.5,
             window=window,
             softcap=arch.attention.softcap,
+            causal=arch.attention.causal,
         )
         flat = weights["out"]["weight"].reshape(cfg.embed, -1)
         return o_TNH.reshape(len(x_TD), -1) @ flat.T + weights["out"].get("bias", 0)
 
-    x_TD = params["embedding"]["table"][ids_T] * (cfg.embed**0.5 if arch.embed_scale else 1)
-    for i, weights in enumerate(layers(params, cfg)):
+    def feed_forward(x_TD, weights):
+        if "router" in weights:
+            return experts(x_TD, weights, arch.moe, arch.activation)
+        return mlp(x_TD, weights, arch.activation)
+
+    extra = arch.embeddings
+    x_TD = params["embedding"]["table"][ids_T] * (cfg.embed**0.5 if extra.scale else 1)
+    if extra.positions:
+        x_TD = x_TD + params["positions"]["table"][positions_T + extra.first]
+    if extra.types:
+        x_TD = x_TD + params["types"]["table"][types_T]
+    x_TD = norm(x_TD, params["embedding_norm"]) if extra.norm else x_TD
+    for i, own in enumerate(layers(params, cfg)):
         window = arch.attention.windows[i % len(arch.attention.windows)]
-        x_TD = x_TD + attend(norm(x_TD, weights["norm1"]), weights["attention"], window)
-        x_TD = x_TD + mlp(norm(x_TD, weights["norm2"]), weights["mlp"], arch.activation)
-    table = params["embedding" if arch.head.tied else "head"]["table"]
-    z_TV = norm(x_TD, params["norm"]) @ table.T
-    return arch.head.softcap * np.tanh(z_TV / arch.head.softcap) if arch.head.softcap else z_TV
+        for n, branch in (
+            ("1", lambda x, own=own, window=window: attend(x, own["attention"], window)),
+            ("2", lambda x, own=own: feed_forward(x, own["mlp"])),
+        ):
+            match arch.norm.placement:
+                case "pre":
+                    x_TD = x_TD + branch(norm(x_TD, own["norm" + n]))
+                case "post":
+                    x_TD = norm(x_TD + branch(x_TD), own["norm" + n])
+                case "output":
+                    x_TD = x_TD + norm(branch(x_TD), own["post" + n])
+                case "sandwich":
+                    y_TD = branch(norm(x_TD, own["norm" + n]))
+                    x_TD = x_TD + norm(y_TD, own["post" + n])
+    return x_TD if arch.norm.placement == "post" else norm(x_TD, params["norm"])
+
+
+def logits(params, cfg, ids_T, positions_T, segments_T, types_T=None):
+    """What the head of one row says: [T, V], or of its first token [labels] or [D]."""
+    arch, head = cfg.arch, cfg.arch.head
+    types_T = np.zeros_like(ids_T) if types_T is None else types_T
+    x_TD = hidden(params, cfg, ids_T, positions_T, segments_T, types_T)
+    if head.kind == "none":
+        return x_TD
+
+    def dense(x, own):
+        return x @ own["weight"].T + own["bias"]
+
+    if head.kind in ("classifier", "pooler"):
+        y_D = {"tanh": np.tanh, "relu": CURVES["relu"]}[head.curve](
+            dense(x_TD[0], params["head"]["dense"])
+        )
+        return dense(y_D, params["head"]["classifier"]) if head.kind == "classifier" else y_D
+    table = params["embedding" if head.tied else "head"]["table"]
+    if head.kind == "masked":
+        x_TD = CURVES[arch.activation](dense(x_TD, params["head"]["dense"]))
+        own = params["head"]["norm"]
+        x_TD = layer_norm(x_TD, own["scale"], own["bias"], arch.norm.eps)
+        return x_TD @ table.T + params["head"]["bias"]
+    z_TV = x_TD @ table.T
+    return head.softcap * np.tanh(z_TV / head.softcap) if head.softcap else z_TV
 
 
 def layers(params, cfg):

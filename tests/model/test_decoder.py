@@ -1,4 +1,4 @@
-"""A whole tiny decoder against NumPy, its parameters counted, its config's messages."""
+"""Whole tiny Transformers against NumPy, its parameters counted, its config's messages."""
 
 import dataclasses
 
@@ -9,39 +9,84 @@ import pytest
 
 from costs import flops
 from model import transformer
-from model.config import Arch, Attention, Head, Init, ModelConfig, Norm, Rope
+from model.config import (
+    Arch,
+    Attention,
+    Embeddings,
+    Head,
+    Init,
+    ModelConfig,
+    Moe,
+    Norm,
+    Rope,
+    Scaling,
+)
 from tests.model import reference
 from tests.model.tiny import TINY, WHOLE, decoder, random_params
 from tests.tolerance import assert_formula
 
 BIASES = {"norm": Norm("layer", bias=True), "mlp_bias": True}
-DECODERS = {
+
+
+def bert(head, types=2, first=0, **how):
+    return Arch(
+        norm=Norm("layer", eps=1e-12, bias=True, placement="post"),
+        rope=Rope(0),
+        embeddings=Embeddings(positions=12, first=first, types=types, norm=True),
+        attention=Attention(causal=False, qkv_bias=True, out_bias=True),
+        head=Head(head, **how),
+        activation="gelu_erf",
+        mlp_bias=True,
+    )
+
+
+MODELS = {
     "llama": {},
     "tied": {"arch": Arch(head=Head(tied=True))},
     "gpt2": {
         "kv_heads": 4,
         "arch": Arch(
+            rope=Rope(0),
+            embeddings=Embeddings(positions=8),
             attention=Attention(qkv_bias=True, out_bias=True),
             head=Head(tied=True),
             activation="gelu",
             **BIASES,
         ),
     },
-    "qwen3": {"arch": Arch(attention=Attention(qk_norm=True, scale=0.2))},
+    "qwen2": {"arch": Arch(attention=Attention(qkv_bias=True))},
+    "qwen3": {"arch": Arch(attention=Attention(qk_norm="head", scale=0.2))},
     "gemma2": {
         "layers": 4,
         "arch": Arch(
             attention=Attention(windows=(3, 0), softcap=2.0),
             head=Head(tied=True, softcap=1.5),
+            norm=Norm(offset=1.0, placement="sandwich"),
             activation="geglu",
-            embed_scale=True,
+            embeddings=Embeddings(scale=True),
         ),
     },
     "gemma3": {
         "layers": 5,
         "kv_heads": 1,
-        "arch": Arch(rope=Rope(1e6, 1e4), attention=Attention(windows=(2, 2, 0), qk_norm=True)),
+        "arch": Arch(rope=Rope(1e6, 1e4), attention=Attention(windows=(2, 2, 0), qk_norm="head")),
     },
+    "olmo2": {
+        "arch": Arch(norm=Norm(placement="output"), attention=Attention(qk_norm="all")),
+    },
+    "mixtral": {"arch": Arch(moe=Moe(experts=4))},
+    "experts in every other layer": {
+        "layers": 5,
+        "arch": Arch(
+            attention=Attention(windows=(3, 0)),
+            moe=Moe(experts=3, active=2, every=2, mlp=7, normalize=False),
+        ),
+    },
+    "bert, masked": {"kv_heads": 4, "arch": bert("masked", tied=True)},
+    "roberta, masked, its own table": {"arch": bert("masked", first=2)},
+    "bert, classifier": {"arch": bert("classifier", labels=3, curve="relu")},
+    "bert, pooler": {"arch": bert("pooler")},
+    "bert, nothing": {"arch": bert("none", types=0)},
     "one layer of a longer pattern": {
         "layers": 1,
         "arch": Arch(attention=Attention(windows=(2, 0)), norm=Norm("layer"), activation="relu2"),
@@ -54,23 +99,23 @@ DECODERS = {
 
 
 def config(name):
-    return dataclasses.replace(TINY, **DECODERS[name])
+    return dataclasses.replace(TINY, **MODELS[name])
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_computes_what_its_formulas_say(one_device, name):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_computes_what_its_formulas_say(one_device, name):
     cfg = config(name)
     params = random_params(cfg)
     segments = np.array([[1] * 4 + [2] * 5 + [0]])
     positions = np.array([[*range(4), *range(5), 0]])
     ids = np.random.default_rng(1).integers(0, cfg.vocab, size=(1, 10))
-    model = decoder(cfg, params)
-    ours = jax.jit(model.logits)(*map(jnp.asarray, (ids, positions, segments)))
+    rows = ids, positions, segments, (ids % 2 if cfg.arch.embeddings.types else 0 * ids)
+    ours = jax.jit(decoder(cfg, params).logits)(*map(jnp.asarray, rows))
     exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    assert_formula(ours[0], reference.logits(exact, cfg, ids[0], positions[0], segments[0]))
+    assert_formula(ours[0], reference.logits(exact, cfg, *(row[0] for row in rows)))
 
 
-def test_every_field_of_a_decoder_changes_its_logits(one_device):
+def test_every_field_of_a_model_changes_its_logits(one_device):
     """What both sides ignored would pass the test above."""
     cfg, ids = config("gemma2"), np.arange(10)
     exact = jax.tree.map(np.asarray, random_params(cfg))
@@ -86,7 +131,7 @@ def test_every_field_of_a_decoder_changes_its_logits(one_device):
         value(attention=dataclasses.replace(attention, softcap=0.0)),
         value(attention=dataclasses.replace(attention, scale=1.0)),
         value(head=Head(tied=True)),
-        value(embed_scale=False),
+        value(embeddings=Embeddings()),
         value(activation="swiglu"),
         value(rope=Rope(1e4, 10.0)),
         value(norm=Norm(eps=0.5)),
@@ -94,8 +139,8 @@ def test_every_field_of_a_decoder_changes_its_logits(one_device):
     assert len({round(v, 3) for v in values}) == len(values)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_decoder_has_as_many_parameters_as_costs_counts(one_device, name):
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_has_as_many_parameters_as_costs_counts(one_device, name):
     cfg = config(name)
     _, shapes, _ = transformer.abstract(cfg, WHOLE)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == flops.params(cfg)
@@ -141,7 +186,18 @@ def test_bfloat16_compute_gives_float32_logits_near_the_exact_ones(one_device):
         (lambda: Norm("batch"), "kind='batch' is none of rms, layer"),
         (lambda: Norm("rms", bias=True), "bias=True needs kind='layer'"),
         (lambda: Norm(eps=0.0), "eps=0.0 must be positive"),
-        (lambda: Rope(theta=0.0), "theta=0.0 must be positive"),
+        (lambda: Norm(placement="before"), "placement='before' is none of pre, post, output"),
+        (lambda: Rope(theta=-1.0), "theta=-1.0 must be at least 0"),
+        (lambda: Scaling("ntk"), "kind='ntk' is none of none, linear, llama3, yarn"),
+        (lambda: Scaling(factor=0.5), "factor=0.5 must be at least 1"),
+        (lambda: Scaling(low=4.0), "low=4.0 must be positive and below high=4.0"),
+        (lambda: Scaling(beta_fast=1.0), "beta_slow=1.0 must be positive and below beta_fast=1.0"),
+        (lambda: Embeddings(first=2, positions=2), "first=2 must be below positions=2"),
+        (lambda: Attention(causal=False, windows=(4,)), "windows=.4,. need causal=True"),
+        (lambda: Attention(qk_norm="heads"), "qk_norm='heads' is none of none, head, all"),
+        (lambda: Moe(experts=2, active=3), "active=3 must be 1 to experts=2"),
+        (lambda: Arch(moe=Moe(4), mlp_bias=True), "experts=4 need a gated activation without"),
+        (lambda: Head("causal"), "kind='causal' is none of language, masked, classifier"),
         (lambda: Rope(local_theta=-1.0), "local_theta=-1.0 must be at least 0"),
         (lambda: Attention(windows=()), "windows is empty"),
         (lambda: Attention(windows=(4, -1)), "windows=-1 must be at least 0"),

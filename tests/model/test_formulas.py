@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from model import kernels
-from model.config import MLPS, Arch, ModelConfig, Norm
+from model.config import MLPS, Arch, ModelConfig, Norm, Scaling
 from model.layers import make_norm
 from model.mlp import make_mlp
-from model.rope import rotate, rotation
+from model.rope import frequencies, rotate, rotation
 from tests.model import reference
 from tests.model.tiny import WHOLE
 from tests.tolerance import assert_formula
@@ -38,6 +38,24 @@ def test_rope_turns_each_pair_by_its_angle(theta):
         assert_formula(row, reference.rope(own, where, theta))
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        Scaling("linear", factor=8.0),
+        Scaling("llama3", factor=32.0, trained=8192),
+        Scaling("yarn", factor=4.0, trained=32_768),
+        Scaling("yarn", factor=40.0, trained=4096),
+    ],
+)
+@pytest.mark.parametrize("theta", [10_000.0, 1e6])
+def test_a_stretched_rope_turns_as_published(scaling, theta):
+    exact = reference.scaled(theta ** (-np.arange(32) / 32), scaling)
+    assert_formula(frequencies(64, theta, scaling), exact)
+    cos, _ = rotation(jnp.array([[3]]), 64, theta, scaling)
+    size = 0.1 * np.log(scaling.factor) + 1 if scaling.kind == "yarn" else 1
+    assert_formula(cos[0, 0], size * np.cos(3 * exact))
+
+
 def test_rope_makes_products_depend_on_distance_alone():
     q, k = drawn(8), drawn(8, seed=1)
 
@@ -53,6 +71,7 @@ def test_rope_makes_products_depend_on_distance_alone():
 @pytest.mark.parametrize(
     ("norm", "formula"),
     [
+        (Norm("rms", offset=1.0), lambda x, scale: reference.rms_norm(x, 1 + scale, 1e-5)),
         (Norm("rms", eps=1e-5), functools.partial(reference.rms_norm, eps=1e-5)),
         (Norm("rms", eps=0.1), functools.partial(reference.rms_norm, eps=0.1)),
         (Norm("layer"), functools.partial(reference.layer_norm, bias=0, eps=1e-5)),

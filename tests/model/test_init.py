@@ -55,7 +55,7 @@ def test_every_layer_and_both_tables_are_drawn_apart(one_device):
 def test_scales_are_chosen_and_norms_and_biases_begin_plain(one_device):
     arch = Arch(
         norm=Norm("layer", bias=True),
-        attention=Attention(qkv_bias=True, out_bias=True, qk_norm=True),
+        attention=Attention(qkv_bias=True, out_bias=True, qk_norm="head"),
         mlp_bias=True,
         init=Init(embed=0.5, head=0.0, residual=0.0),
     )

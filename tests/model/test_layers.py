@@ -12,7 +12,7 @@ from model import transformer
 from model.attention import Context
 from model.config import REMATS, Arch, Attention, Head
 from model.rope import rotation
-from model.transformer import run_layers
+from model.transformer import by_layer, run_layers
 from tests.model import reference
 from tests.model.tiny import TINY, WHOLE, decoder, random_params
 from tests.tolerance import assert_same
@@ -103,10 +103,10 @@ def test_a_pattern_is_its_blocks_one_by_one(one_device, windows, layers):
     ids, _, positions, segments, _ = rows()
 
     def one_by_one(params):
-        context = Context(segments, {1e4: rotation(positions, cfg.head_dim, 1e4)})
+        context = Context(segments, {"global": rotation(positions, cfg.head_dim, 1e4)})
         x = params["embedding"]["table"][ids]
         for i, weights in enumerate(reference.layers(params, cfg)):
-            block = transformer.Block(cfg, windows[i % len(windows)], WHOLE, nnx.Rngs(0))
+            block = transformer.Block(cfg, i % cfg.places, WHOLE, nnx.Rngs(0))
             nnx.update(block, weights)
             x, _ = block(x, context)
         return decoder(cfg, params).norm(x)
@@ -117,17 +117,20 @@ def test_a_pattern_is_its_blocks_one_by_one(one_device, windows, layers):
     assert_same(jax.jit(scanned)(params), jax.jit(one_by_one)(params))
 
 
-def test_extras_come_back_one_for_each_layer_of_each_place():
+def test_extras_come_back_in_parts_as_the_weights_are():
     def layer(own, x, context):
         return x + own, {"before": x, "weight": own * context}
 
     weights = ([jnp.array([1.0, 3.0]), jnp.array([2.0, 4.0])], [jnp.array(5.0)])
-    x, (first, second) = run_layers([layer, layer], weights, jnp.array(0.0), 10.0)
+    x, extras = run_layers([layer, layer], weights, jnp.array(0.0), 10.0)
+    (first, second), (last,) = extras
     assert float(x) == 15
-    np.testing.assert_array_equal(first["weight"], [10, 30, 50])
+    np.testing.assert_array_equal(first["weight"], [10, 30])
     np.testing.assert_array_equal(second["weight"], [20, 40])
-    np.testing.assert_array_equal(first["before"], [0, 3, 10])
+    np.testing.assert_array_equal(first["before"], [0, 3])
     np.testing.assert_array_equal(second["before"], [1, 6])
+    assert (float(last["before"]), float(last["weight"])) == (10, 50)
+    assert [float(extra["before"]) for extra in by_layer(extras)] == [0, 1, 3, 6, 10]
 
 
 def test_a_program_of_eighty_layers_is_as_long_as_one_of_eight(one_device):

@@ -228,7 +228,7 @@ def test_the_second_moments_of_adafactor_are_rows_and_columns():
 @pytest.fixture(scope="module")
 def lesson(one_device):
     """A small model's roles, first parameters, and the gradient of its loss on one batch."""
-    arch = Arch(activation="relu2", attention=Attention(qk_norm=True))
+    arch = Arch(activation="relu2", attention=Attention(qk_norm="head"))
     cfg = dataclasses.replace(SMALL, layers=1, arch=arch)
     graph, shapes, roles = transformer.abstract(cfg, Layout())
     ids = np.random.default_rng(0).integers(0, cfg.vocab, (4, 17)).astype(np.int32)

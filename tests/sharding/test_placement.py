@@ -9,7 +9,7 @@ import pytest
 
 import train
 from costs.memory import state_bytes
-from model.config import Head
+from model.config import Arch, Attention, Embeddings, Head, Moe, Norm
 from sharding.layout import Layout
 from tests.sharding.tiny import MODEL, init, losses, mesh_of, run_of
 from tests.tolerance import SAME
@@ -18,6 +18,16 @@ EIGHT = [sizes for sizes in itertools.product([1, 2, 4, 8], repeat=3) if np.prod
 FEWER = [(2, 2, 1), (1, 2, 2), (1, 4, 1), (1, 1, 2)]
 QUICK = [(2, 2, 2)]  # the others are slow together
 TIED = dataclasses.replace(MODEL, arch=dataclasses.replace(MODEL.arch, head=Head(tied=True)))
+EXPERTS = dataclasses.replace(
+    MODEL,
+    layers=3,
+    arch=Arch(
+        moe=Moe(experts=4, every=2, mlp=8, balance=0.1, z_loss=0.01),
+        embeddings=Embeddings(positions=12),
+        attention=Attention(qk_norm="all"),
+        norm=Norm(offset=1.0, placement="sandwich"),
+    ),
+)
 DEEP = dataclasses.replace(MODEL, layers=3, remat="full", unroll=2)
 LAYOUTS = {
     "embed whole": Layout(embed=None),
@@ -71,16 +81,21 @@ def assert_split(run, path, leaf):
 def logical(layout, path, rank):
     """The mesh axes of each dim of a parameter, from its name: what the layout must do."""
     names = [str(entry.key) for entry in path]
+    sparse = rank == 5  # a stack of experts
     dims = {
+        "positions.table": (None, "embed"),
+        "router.weight": (None, "embed"),
+        "q_norm.scale": ("heads", None, None),
+        "k_norm.scale": ("heads", None, None),
         "table": ("vocab", "embed"),
         "qkv.weight": ("heads", None, None, "embed"),
         "qkv.bias": ("heads", None, None),
         "out.weight": ("embed", "heads", None, None),
-        "gate_up.weight": (None, "mlp", "embed"),
+        "gate_up.weight": (None,) * (1 + sparse) + ("mlp", "embed"),
         "gate_up.bias": (None, "mlp"),
         "down.weight": ("embed", "mlp"),
     }
-    own = dims.get(names[-1]) or dims.get(".".join(names[-2:])) or ()
+    own = dims.get(".".join(names[-2:])) or dims.get(names[-1]) or ()
     axes = [getattr(layout, name) if name else None for name in own]
     axes = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
     return (*[()] * (rank - len(axes)), *axes)
@@ -120,7 +135,9 @@ def test_every_layout_gives_the_losses_of_one_device(alone, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [TIED, DEEP], ids=["tied", "unrolled and recomputed"])
+@pytest.mark.parametrize(
+    "model", [TIED, DEEP, EXPERTS], ids=["tied", "unrolled and recomputed", "experts"]
+)
 def test_other_models_give_the_losses_of_one_device(alone, model):
     check(alone, (2, 2, 2), model=model)
 

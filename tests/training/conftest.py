@@ -21,6 +21,8 @@ from configs.load import ROOT
 from costs import devices
 from data.loader import Loader
 from monitor import metrics
+from sharding import mesh as meshes
+from training import text
 
 RECIPE = '''"""A run of seconds."""
 
@@ -154,9 +156,9 @@ def session_command(recipe, compiled):
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             if not any("--process" in arg or "--coordinator" in arg for arg in args):
-                patch.setattr(train.meshes, "connect", lambda *_: None)  # JAX is in use already
+                patch.setattr(meshes, "connect", lambda *_: None)  # JAX is in use already
             patch.setattr(devices, "measured_matmul_rate", lambda *_: 1e11)
-            patch.setattr(train, "Loader", Recorded)
+            patch.setattr(text, "Loader", Recorded)
             patch.setattr(Recorded, "batches", [])
             patch.setattr(Recorded, "at", at or {})
             stack.enter_context(flagsaver.flagsaver())
@@ -220,6 +222,7 @@ import signal
 import train
 from configs import command
 from data.loader import Loader
+from training import text
 
 
 class Noted(Loader):
@@ -240,7 +243,7 @@ class Noted(Loader):
 
 
 if __name__ == "__main__":
-    train.Loader = Noted
+    text.Loader = Noted
     command.run(train.train, recipe="configs/quickstart.py")
 '''
 

@@ -9,6 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from checkpoint import store
 from configs.load import load
 from monitor.metrics import EVAL, TRAIN
 from sharding import mesh as meshes
@@ -149,7 +150,7 @@ def failing(store, steps):
 
 
 def test_the_last_state_unsaved_is_an_exit_code_of_its_own(command_line, monkeypatch):
-    monkeypatch.setattr(train.store.Store, "save", failing(train.store, {8, 12}))
+    monkeypatch.setattr(store.Store, "save", failing(store, {8, 12}))
     ended = command_line()
     assert ended.code == 5 and "step 12 could not be saved" in ended.err
     assert "step 8 is not saved: [Errno 28] No space left on device" in ended.out
@@ -159,7 +160,7 @@ def test_the_last_state_unsaved_is_an_exit_code_of_its_own(command_line, monkeyp
 
 @pytest.mark.slow
 def test_a_save_that_fails_on_the_way_is_told_and_forgiven(command_line, monkeypatch):
-    monkeypatch.setattr(train.store.Store, "save", failing(train.store, {4}))
+    monkeypatch.setattr(store.Store, "save", failing(store, {4}))
     ended = command_line()
     assert ended.code == 0 and "step 4 is not saved" in ended.out
     assert ended.steps_saved() == [8, 12]

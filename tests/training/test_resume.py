@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-import train
+from checkpoint import store
 from configs.load import load
 from tests.tolerance import SAME
 
@@ -72,7 +72,7 @@ def test_a_signal_whose_state_cannot_be_saved_is_no_clean_stop(command_line, mon
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.store.Store, "save", fail)
+    monkeypatch.setattr(store.Store, "save", fail)
     stopped = command_line(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     assert stopped.code == 5 and "stopped by SIGTERM, step 2 could not be saved" in stopped.err
     assert len(stopped.batches) == 2

@@ -1,0 +1,157 @@
+"""Loop: the steps of a run, and between them its logs, evaluations, saves, its end."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from checkpoint import store
+from configs import command
+from configs.run import to_json
+from costs import devices
+from costs.speed import Speed
+from monitor.metrics import Metrics
+from monitor.profile import Profile
+from monitor.progress import Progress
+from monitor.signals import Signals
+from sharding import mesh as meshes
+from training.origin import Origin
+from training.text import Text
+
+
+class Loop:
+    """The steps of a run, with all that happens between them."""
+
+    def __init__(self, program: Any, text: Text, state: Any, origin: Origin, workdir: Path):
+        """`program` is a train.Program, `state` its train.State."""
+        run = program.run
+        self.program, self.run, self.text, self.state = program, run, text, state
+        self.step = origin.step
+        self.tokens = origin.note.get("tokens", 0)
+        self.saved_step = origin.step if origin.own else -1
+        self.saves = store.Store(
+            workdir / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every
+        )
+        self.metrics = Metrics(workdir, origin.step if origin.own else None, main=meshes.is_main())
+        self.metrics.text("config", json.dumps(to_json(run), indent=2))
+        self.progress = Progress(run.steps, origin.step, main=meshes.is_main())
+        self.speed = Speed(run.model, run.data.seq)
+        self.pending: list[tuple[dict, float]] = []  # metrics on the device, seconds of data wait
+        self.evaluate_batch = program.evaluation()
+
+    def run_steps(self, signals: Signals, profile: Profile) -> None:
+        """Up to the last step, or to the end of the step in which a signal comes."""
+        run = self.run
+        self.text.loader.start()  # reads while XLA compiles
+        train_batch = self.program.compile()
+        self.speed.start()
+        with jax.transfer_guard("disallow"):
+            for step in range(self.step + 1, run.steps + 1):
+                profile.before(step)
+                batch = next(self.text.loader)
+                self.state, metrics = train_batch(self.state, self.program.place(batch.arrays))
+                if self.step % run.log.every == 0:
+                    self.log()  # the step before, while the device works on this one
+                profile.after(step, metrics)
+                self.step = step
+                self.pending.append((metrics, self.text.loader.waited_s))
+                self.progress.step(step)
+                if due(step, run.eval.every) and step < run.steps:
+                    self.evaluate()
+                stop = self.asked_to_stop(signals)
+                if due(step, run.checkpoint.every) or stop or step == run.steps:
+                    self.save(wait=bool(stop) or step == run.steps)
+                if stop:
+                    self.stop(stop)
+            self.evaluate()
+
+    def log(self) -> None:
+        """Fetch the metrics of the steps since the last log and write the last one's row."""
+        if not self.pending:
+            return
+        fetched = jax.device_get([metrics for metrics, _ in self.pending])
+        tokens = sum(int(metrics["tokens"]) for metrics in fetched)
+        self.tokens += tokens
+        last = fetched[-1]
+        row = {
+            "step": self.step,
+            "loss": float(last["loss"]),
+            "grad_norm": float(last["grad_norm"]),
+            "lr": float(last["lr"]),
+            **{key: float(value) for key, value in last.items() if key.startswith("router_")},
+            "tokens": self.tokens,
+            **self.speed.over(len(fetched), tokens),
+            "data_wait_s": sum(waited for _, waited in self.pending) / len(self.pending),
+            "peak_mem_bytes": devices.peak_memory(),
+        }
+        self.pending.clear()
+        self.metrics.train(row)
+        self.progress.log(row)
+        if not math.isfinite(row["loss"]):
+            raise command.Unhealthy(
+                f"the loss of step {self.step} is {row['loss']}; a lower optim.lr or a longer "
+                f"optim.warmup may help; the last good state is step {self.saves.latest()}"
+            )
+
+    def evaluate(self) -> None:
+        """The held-out loss."""
+        self.log()
+        if not self.text.held_out.batches:
+            return
+        with self.speed.pause():
+            sums = [
+                self.evaluate_batch(self.state.params, self.program.place(arrays))
+                for arrays in self.text.held_out.batches
+            ]
+            nats, targets = (
+                sum(map(float, part)) for part in zip(*jax.device_get(sums), strict=True)
+            )
+        bits = nats / math.log(2) / self.text.held_out.bytes
+        row = {"step": self.step, "eval_loss": nats / targets, "eval_bits_per_byte": bits}
+        self.metrics.eval(row)
+        self.progress.eval(row)
+
+    def save(self, *, wait: bool) -> None:
+        """Save the state, `wait` for the disk; an error is told, and the exit code if it stays."""
+        self.log()
+        note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
+        with self.speed.pause():
+            try:
+                tokenizer = json.loads(self.text.tokenizer.to_json())
+                self.saves.save(self.step, self.state, note, tokenizer)
+                if wait:
+                    self.saves.wait()
+                self.saved_step = self.step
+            except Exception as error:  # whatever the file system and its libraries raise
+                self.progress.print(f"step {self.step} is not saved: {error}")
+
+    def asked_to_stop(self, signals: Signals) -> int:
+        """The signal that one of the processes received, 0 if none; they ask at logged steps."""
+        if jax.process_count() == 1:
+            return signals.received
+        return meshes.agree(signals.received) if due(self.step, self.run.log.every) else 0
+
+    def stop(self, signum: int) -> None:
+        """End the command."""
+        text = f"stopped by {signal.Signals(signum).name}, step {self.step}"
+        if self.saved_step != self.step:
+            raise command.Unsaved(f"{text} could not be saved")
+        raise command.Stopped(signum, f"{text} saved; the same command goes on")
+
+    def __enter__(self) -> "Loop":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        self.progress.close()
+        self.metrics.close()
+        self.saves.close()
+        if error is None and self.saved_step != self.step:
+            raise command.Unsaved(f"the state of step {self.step} could not be saved")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps, 0 for never, is due."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,74 @@
+"""What a run tells of itself before its first step and after its last."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from configs.run import describe, to_json
+from costs import flops, memory
+from costs.speed import Speed
+from inference.sampling import sample
+from monitor import report
+from sharding import mesh as meshes
+from training.loop import Loop
+from training.text import Text
+
+
+def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
+    """What is about to run."""
+    if not meshes.is_main():
+        return
+    run = program.run
+    sizes = " x ".join(f"{axis}={n}" for axis, n in jax.sharding.get_mesh().shape.items())
+    held = memory.state_bytes(vars(program.state)).items()
+    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held if size > 99)
+    tokens, rate = run.data.batch * run.data.seq, speed.rate / 1e9
+    lines = [
+        describe(run),
+        *(f"source     {source.describe()}" for source in text.sources),
+        f"folder     {workdir}",
+        f"parameters {flops.params(run.model):,}, {tokens:,} tokens a step",
+        f"devices    {sizes}; each holds {parts}",
+        f"hardware   {hardware()}, {rate:,.0f} GFLOP/s measured in {run.model.dtype} matmuls",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def hardware() -> str:
+    """All devices, in words."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def finish(loop: Loop, workdir: Path) -> None:
+    """The sample and the report."""
+    run, program = loop.run, loop.program
+    written = ""
+    if run.sample.tokens:
+        prompt = loop.text.tokenizer.encode([run.sample.prompt])[0]
+        ids = sample(
+            lambda params, *rows: nnx.merge(program.graph, params).logits(*rows),
+            loop.state.params,
+            [loop.text.tokenizer.end, *prompt.tolist()],
+            tokens=run.sample.tokens,
+            vocab=loop.text.tokenizer.size,
+            where=program.rows,
+            key=jax.random.key(run.seed),
+            temperature=run.sample.temperature,
+            end=loop.text.tokenizer.end,
+        )
+        written = run.sample.prompt + loop.text.tokenizer.decode(ids)
+        loop.metrics.text("sample", written, run.steps)
+        loop.progress.print(f"\n{written}\n")
+    if meshes.is_main():
+        page = workdir / "report.html"
+        facts = {
+            "Hardware": hardware(),
+            "Parameters": f"{flops.params(run.model):,}",
+            "Command": shlex.join(["python", *sys.argv]),
+        }
+        report.write(page, to_json(run), loop.metrics.rows(), written, facts)
+        loop.progress.print(f"{page}")
