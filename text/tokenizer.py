@@ -1,33 +1,19 @@
-"""Tokenizers: text to ids and back.
+"""Tokenizers by name: bytes, a BPE trained here, or a published one from its files."""
 
-Ids are int32 in [0, size). `end` is the id that starts and ends every document; `encode` adds
-neither it nor any other special token.
-"""
-
-import abc
 import contextlib
-import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from text import cache
+from text import cache, pretrained
+from text.kinds import END_NAMES, Bytes, Published, Tokenizer
+from text.pretrained import from_json
 
-END_NAMES = (
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-    "<eos>",
-    "<|im_end|>",
-    "[EOS]",
-    "[SEP]",
-)
-BYTES_JSON = '{"meshlm": "bytes"}'
+__all__ = ["Bytes", "Published", "Tokenizer", "from_json", "load", "train_bpe"]
+
 SMALLEST_BPE = 257  # every byte, and the end
 
 # Words with the one sign before them, numbers by three digits, signs with the line break and the
@@ -41,88 +27,6 @@ WORDS = (
 LINES = r"\n[ \n]*|[^\n]{1,128}"  # pieces of bounded length: the cost of a piece grows faster
 LONGEST_IN_LINE = 24  # characters
 SPLITS = {"words": WORDS, "lines": LINES}
-
-
-class Tokenizer(abc.ABC):
-    """What every tokenizer can do."""
-
-    size: int
-    end: int
-
-    @abc.abstractmethod
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [tokens]; the texts are shared out over threads."""
-
-    @abc.abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens and ids past the vocabulary give nothing."""
-
-    @abc.abstractmethod
-    def to_json(self) -> str:
-        """All of the tokenizer as text, for `from_json`."""
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of `to_json`: equal for tokenizers that give equal ids."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-class Bytes(Tokenizer):
-    """The UTF-8 bytes themselves, 0 to 255; the end is 256."""
-
-    size = 257
-    end = 256
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in map(int, ids) if i < 256).decode(errors="replace")
-
-    def to_json(self) -> str:
-        return BYTES_JSON
-
-
-class Published(Tokenizer):
-    """Any tokenizer of the `tokenizers` library, without its truncation and padding.
-
-    The name of a special token inside a text is encoded as plain text, except where the
-    vocabulary itself lists the name as an ordinary piece (SentencePiece unigram models may).
-    """
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
-        ids = (tokenizer.token_to_id(name) for name in END_NAMES)
-        end = next((i for i in ids if i is not None), None)
-        if end is None:
-            tokenizer.add_special_tokens([END_NAMES[0]])
-            end = tokenizer.token_to_id(END_NAMES[0])
-        self._tokenizer = tokenizer
-        self.end = end
-        self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        known = [i for i in map(int, ids) if i < self.size]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
-
-    def to_json(self) -> str:
-        return self._tokenizer.to_str()
-
-
-def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` gave, or that a tokenizer.json holds; ValueError if neither."""
-    if text.strip() == BYTES_JSON:
-        return Bytes()
-    try:
-        return Published(tokenizers.Tokenizer.from_str(text))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        raise ValueError(f"not a tokenizer.json: {error}") from None
 
 
 def train_bpe(texts: Iterable[str], size: int, split: str = "words") -> Tokenizer:
@@ -170,7 +74,7 @@ def _cached_bpe(texts: Sequence[str], size: int, split: str) -> Tokenizer:
 
 
 def load(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer of `spec`: "bytes", "bpe:SIZE[:lines]", or the path of a tokenizer.json.
+    """The tokenizer of `spec`: "bytes", "bpe:SIZE[:lines]", a tokenizer.json, or its folder.
 
     `texts` gives the text that a BPE is trained on; it is called for that only. ValueError
     for a spec, a size or a file that will not do, FileNotFoundError for a missing file.
@@ -189,13 +93,14 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
             raise ValueError(f"tokenizer={spec!r}: {split!r} is none of {', '.join(SPLITS)}")
         return _cached_bpe(list(texts()), int(size), split or "words")
     path = Path(spec).expanduser()
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
+    if not spec or not path.exists():
         raise FileNotFoundError(
-            f"tokenizer={spec!r} is neither 'bytes' nor 'bpe:SIZE' nor a tokenizer.json that exists"
+            f"tokenizer={spec!r} is neither 'bytes' nor 'bpe:SIZE' nor a tokenizer.json that "
+            "exists nor a folder that has one"
         )
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return pretrained.open_folder(path) if path.is_dir() else from_json(pretrained.read(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"tokenizer={spec!r}: {error}") from None
     except ValueError as error:
         raise ValueError(f"tokenizer={spec!r}: {error}") from None
