@@ -31,7 +31,9 @@ from training.summary import finish, print_run
 from training.text import open_text
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default runs/RECIPE-TIME")
-RESTORE = flags.DEFINE_string("restore", None, "start from the state of another run, DIR[@STEP]")
+RESTORE = flags.DEFINE_string(
+    "restore", None, "start from another run's state, DIR[@STEP], or a published model's weights"
+)
 PROFILE = flags.DEFINE_string("profile", None, "write a trace of steps START:STOP to DIR/profile")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a cluster")
 PROCESSES = flags.DEFINE_integer("processes", None, "processes of the cluster")
@@ -152,6 +154,14 @@ class Program:
         once = runtime.once()
         return jax.jit(lambda: init_state(self, self.run.seed), compiler_options=once)()
 
+    def begin(self, params: Any) -> State:
+        """The state before the first step, of these parameters, whose memory it takes over."""
+
+        def state(params: Any) -> State:
+            return State(jnp.int32(0), params, self.optimizer.init(params))
+
+        return jax.jit(state, donate_argnums=0, compiler_options=runtime.once())(params)
+
     def evaluation(self) -> Any:
         """`eval_step`, of parameters and a batch."""
         return self.jit(eval_step)
@@ -184,11 +194,11 @@ def train(run: Run) -> None:
     runtime.prepare()
     with command.user_input():
         meshes.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-        check(run, jax.device_count())
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
         profile = Profile(workdir / "profile", PROFILE.value)
-        origin = Origin.find(run, workdir, RESTORE.value)
+        run, origin = Origin.find(run, workdir, RESTORE.value)
+        check(run, jax.device_count())
         run, text = open_text(run, origin.tokenizer())
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)

@@ -4,18 +4,27 @@ A checkpoint holds the arrays of the state, each under its dotted path, and as J
 needs to go on: the resolved run, the position in the data, the tokenizer.
 """
 
+import asyncio
+import contextlib
+import functools
 import json
 import math
 import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 
 Arrays = dict[str, jax.Array]
+SHAPE = "/.zarray"  # follows an array's name in the key of its shape
 STACKED = re.compile(r"(^|\.)blocks\.")  # arrays that lead with the layers
+LAYERS, CHUNK = 1 << 20, 1 << 26  # bytes of a Lazy's chunk: small layers together, or rows
 
 
 def flatten(tree: Any) -> Arrays:
@@ -64,7 +73,40 @@ class Saved:
     def json(self, item: str) -> dict:
         """What was saved as `item`: "run" or "tokenizer"."""
         file = self.path / str(self.step) / item / "metadata"
-        return json.loads(file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every array, without their values. ValueError if it is damaged."""
+        with self._told("the arrays"):
+            keys = tensorstore.KvStore.open(self._database()).result().list().result()
+        names = sorted(key.decode()[: -len(SHAPE)] for key in keys if key.endswith(SHAPE.encode()))
+        with self._told("a shape"):
+            opened = {name: _open(self, name) for name in names}
+        return {name: (array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
+
+    def read(self, name: str, index: int | None = None) -> np.ndarray:
+        """An array, or one layer of a stacked one, without reading the others."""
+        with self._told(name):
+            array = _open(self, name)
+            return (array if index is None else array[index]).read().result()
+
+    def _database(self) -> dict[str, Any]:
+        """Where orbax keeps the arrays, as tensorstore opens it."""
+        base = {"driver": "file", "path": f"{self.path / str(self.step)}/state/"}
+        return {"driver": "ocdbt", "base": base}
+
+    @contextlib.contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Errors of tensorstore in a line, with the checkpoint."""
+        try:
+            yield
+        except ValueError as error:
+            why = str(error).partition(" [")[0]
+            folder = self.path / str(self.step)
+            raise ValueError(f"{folder} is damaged: cannot read {what}: {why}") from None
 
     def restore(self, abstract: Any) -> Any:
         """The state, shaped and placed as `abstract`, whatever mesh it was saved on.
@@ -76,18 +118,27 @@ class Saved:
         args = ocp.args.PyTreeRestore(
             wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
         )
-        folder = self.path / str(self.step)
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.PyTreeCheckpointHandler(),
-            run=ocp.JsonCheckpointHandler(),
-            tokenizer=ocp.JsonCheckpointHandler(),
-        )
-        with ocp.Checkpointer(handler) as reader:
-            tree = reader.metadata(folder).item_metadata["state"].tree
-            saved = {name: tuple(leaf.shape) for name, leaf in tree.items()}
-            _compare(saved, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
+        saved = {name: shape for name, (shape, _) in self.arrays().items()}
+        _compare(saved, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
+        with ocp.Checkpointer(_handler()) as reader:
+            folder = self.path / str(self.step)
             found = reader.restore(folder, args=ocp.args.Composite(state=args))["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+
+
+def _handler(state: Any = None) -> ocp.CompositeCheckpointHandler:
+    """Of the items of a checkpoint; `state`: of its arrays."""
+    return ocp.CompositeCheckpointHandler(
+        state=state or ocp.PyTreeCheckpointHandler(),
+        run=ocp.JsonCheckpointHandler(),
+        tokenizer=ocp.JsonCheckpointHandler(),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(saved: Saved, name: str) -> tensorstore.TensorStore:
+    kvstore = {**saved._database(), "path": f"{name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
 
 class Store:
@@ -150,6 +201,94 @@ class Store:
     def close(self) -> None:
         """Wait, then let go of threads."""
         self._manager.close()
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An array whose values are made when they are written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[int | None], np.ndarray]  # one layer of a stacked array, or all of another
+    stacked: bool
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the first dim in a chunk: of layers, or as many as CHUNK holds."""
+        row = self.size // self.shape[0] * self.dtype.itemsize
+        return min(max((LAYERS if self.stacked else CHUNK) // row, 1), self.shape[0])
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The values, `rows` of the first dim at a time."""
+        whole = None if self.stacked else self.read(None)
+        for start in range(0, self.shape[0], self.rows):
+            stop = min(start + self.rows, self.shape[0])
+            if whole is None:
+                layers = [self.read(i) for i in range(start, stop)]
+                yield np.stack(layers) if len(layers) > 1 else layers[0][None]
+            else:
+                yield whole[start:stop]
+
+    def __deepcopy__(self, _: dict) -> "Lazy":
+        return self  # orbax copies what it is given, lest it change
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes one Lazy after the other, a chunk at a time.
+
+    After an error it goes on without values: orbax would print it, and leave threads that write.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.error: BaseException | None = None
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Lazy, spec: dict, context: tensorstore.Context) -> None:
+        spec["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
+        async with self._turn:
+            try:
+                array = await tensorstore.open(spec, create=True, open=True, context=context)
+                at = 0
+                for part in value.parts() if self.error is None else ():
+                    if self.error is not None:
+                        break
+                    await array[at : at + len(part)].write(part)
+                    at += len(part)
+            except Exception as error:
+                self.error = self.error or error
+
+
+def save_lazily(
+    path: Path, step: int, arrays: Mapping[str, Lazy], run: dict, tokenizer: dict
+) -> None:
+    """A checkpoint in the folder `path`, in the memory of a layer or of one unstacked array.
+
+    `Saved` reads it like those of a `Store`. After an error what lies there is no checkpoint, but
+    may look like one; nothing is written any more.
+    """
+    lazy = _LazyHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (Lazy, lazy)
+    )
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeSave(dict(arrays)),
+        run=ocp.args.JsonSave(run),
+        tokenizer=ocp.args.JsonSave(tokenizer),
+    )
+    with ocp.Checkpointer(_handler(state)) as writer, ThreadPoolExecutor(1) as thread:
+        saving = thread.submit(writer.save, path.absolute() / str(step), args=args)
+        try:
+            saving.result()
+        except BaseException as error:  # Ctrl-C, which reaches this thread alone
+            lazy.error = lazy.error or error
+    if lazy.error is not None:
+        raise lazy.error
 
 
 def _compare(saved: dict[str, tuple], wanted: dict[str, tuple]) -> None:

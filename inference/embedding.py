@@ -81,7 +81,8 @@ class Embedder:
         ways = math.prod(mesh.shape[axis] for axis in axes_of(spec[0]))
         longest = max(map(len, ids))
         tokens = SHORTEST * 2 ** max(0, math.ceil(math.log2(longest / SHORTEST)))
-        rows = np.zeros((2, -(-batch // ways) * ways, min(tokens, self._longest or tokens)), np.int32)
+        tokens = min(tokens, self._longest or tokens)
+        rows = np.zeros((2, -(-batch // ways) * ways, tokens), np.int32)
         for row, own in enumerate(ids):
             rows[0, row, : len(own)], rows[1, row, : len(own)] = own, 1
         place = functools.partial(jax.device_put, device=jax.NamedSharding(mesh, spec))

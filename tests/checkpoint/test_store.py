@@ -254,7 +254,7 @@ def test_another_optimizer_is_refused_with_the_arrays(on_eight):
 def test_more_parameters_than_were_saved_are_refused(on_eight):
     _, here = on_eight
     arch = dataclasses.replace(
-        SMALL.arch, attention=dataclasses.replace(SMALL.arch.attention, qk_norm=True)
+        SMALL.arch, attention=dataclasses.replace(SMALL.arch.attention, qk_norm="head")
     )
     with pytest.raises(ValueError, match=r"lacks \d+ arrays that the run has: .*k_norm"):
         here.restore(shapes(mesh_of(8), model=dataclasses.replace(SMALL, arch=arch)))

@@ -9,6 +9,8 @@ import signal
 import pytest
 
 from checkpoint import store
+from checkpoint.convert import convert
+from checkpoint.pretrained import open_pretrained
 from configs.load import load
 from tests.tolerance import SAME
 
@@ -145,6 +147,22 @@ def test_restore_with_other_data_begins_it_anew(finished, command_line):
     assert ended.losses()[12] < finished.losses()[4]  # not from the beginning
 
 
+def test_a_published_model_begins_a_run_with_its_own_sizes_and_tokenizer(
+    finished, command_line, tmp_path
+):
+    folder = tmp_path / "published"
+    convert(open_pretrained(f"{finished.workdir}@12"), folder)
+    flags = (f"--restore={folder}", "--config.model.layers=9", "--config.optim.warmup=0")
+    ended = command_line(*flags)
+    assert ended.code == 0, ended.err
+    assert f"weights    {folder}, with a fresh optimizer" in ended.out
+    run, before = (load(str(each / "config.json")) for each in (ended.workdir, finished.workdir))
+    assert (run.model, run.data.tokenizer) == (before.model, str(folder))
+    assert ended.losses()[2] < finished.losses()[2] - 0.5
+    again = command_line(*flags, workdir=ended.workdir)
+    assert again.code == 2 and "nothing to do" in again.err
+
+
 @pytest.mark.slow
 def test_in_a_workdir_with_saves_of_its_own_restore_does_not_begin_again(
     finished, killed, command_line
@@ -159,7 +177,7 @@ def test_in_a_workdir_with_saves_of_its_own_restore_does_not_begin_again(
     [
         (("--restore={run}@5",), "holds no step 5, but 4, 8, 12"),
         (("--restore={run}@x",), "'x' is no step"),
-        (("--restore={run}/absent",), "absent is no folder"),
+        (("--restore={run}/absent",), "absent: there is no such folder or file"),
         (("--restore={run}",), "nothing to do"),
         (("--restore={run}@4", "--config.model.mlp=64"), "mlp"),
         (("--restore={run}@4", "--config.optim.name=sgd"), "optimizer differ"),
