@@ -163,6 +163,8 @@ def _texts(source: Pretrained, family: Family, dtypes: set[np.dtype]) -> dict[st
         del config[key]  # what its absence says
     if original is None and tokenizer:
         config["eos_token_id"] = list(tokenizer.ends)
+    if original is None and source.context and "max_position_embeddings" in family.defaults:
+        config.setdefault("max_position_embeddings", source.context)
     files = {**(tokenizer.files() if tokenizer else {}), **source.files}
     if config != original:
         files["config.json"] = json.dumps(config, indent=2) + "\n"
@@ -204,6 +206,7 @@ def _write_ours(source: Pretrained, folder: Path, dtype: str, progress: Progress
         "family": source.family and source.family.name,
         "source": {"name": source.name, "digest": source.digest},
         "files": source.files,
+        "context": source.context,
         "narrow": source.narrow if dtype == "same" else {},
     }
     words = json.loads(source.tokenizer.to_json()) if source.has_tokenizer else {}

@@ -142,6 +142,12 @@ def read_config(file: Gguf) -> tuple[Family, ModelConfig]:
     )
 
 
+def context(file: Gguf) -> int | None:
+    """Tokens of the longest text in training; None if the file does not say."""
+    found = Metadata(file.metadata, str(file.metadata.get("general.architecture")))
+    return found.whole("context_length", None)
+
+
 def _family(file: Gguf, found: Metadata) -> Family:
     """Of the families whose files have this architecture, the one with experts, or windows."""
     families = [family for family in FAMILIES if family.gguf == found.arch]

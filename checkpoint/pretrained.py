@@ -45,7 +45,6 @@ FREE = re.compile(
 SAMPLES, SAMPLE = 16, 4096  # blocks of a file that go into its digest, bytes of each
 FILES = ("config.json", "generation_config.json")  # that go out as they came in
 
-
 Key = tuple[str, int | None] | str  # of one of ours and its repetition; of a foreign tensor
 Read = Callable[[str, int | None], np.ndarray]
 
@@ -58,11 +57,10 @@ class Pretrained(abc.ABC):
     digest: str  # SHA-256 of what was opened: small files, and of large ones the size and samples
     cfg: ModelConfig  # vocab resolved; param_dtype the widest stored, dtype the same
     family: Family | None  # None: trained here from a recipe
+    context: int | None = None  # tokens of the longest text in training, where the files say it
     files: dict[str, str]  # of FILES, those that there were
     arrays: dict[str, Array]  # ours, dotted; stacked ones lead with L
-    narrow: dict[
-        str, str
-    ]  # tensors of the family that were stored as float16, which ours never are
+    narrow: dict[str, str]  # tensors of the family that came in another dtype than ours have
 
     _tokenizer: Tokenizer | None
 
@@ -116,9 +114,9 @@ class Pretrained(abc.ABC):
     def params(self, shapes: Any) -> Any:
         """The values, in a tree like `shapes`: cast to its dtypes, placed as its shardings say.
 
-        On the host exist READERS + 2 slices at one time, a slice being a layer's part of one
-        array, or an array that is not stacked. ValueError, naming the array and both shapes, if
-        the model of `shapes` is another.
+        On the host are READERS + 2 slices at one time: a layer's part of one array, or an array
+        that is not stacked. ValueError, naming the array and both shapes, if `shapes` are those
+        of another model.
         """
         wanted = store.flatten(shapes)
         compare(
@@ -153,7 +151,7 @@ def stacked(name: str) -> bool:
 
 
 def ahead(load: Callable[..., np.ndarray], jobs: list[tuple]) -> Iterator[np.ndarray]:
-    """`load(*job)` for each job in order, made by threads of which each is one job ahead."""
+    """`load(*job)` of each job in order, made by threads, READERS jobs ahead."""
     with ThreadPoolExecutor(READERS) as pool:
         running: collections.deque[Future] = collections.deque()
         try:
@@ -173,7 +171,7 @@ def placed(leaf: jax.ShapeDtypeStruct) -> Sharding:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
+    return NamedSharding(mesh, getattr(leaf.sharding, "spec", jax.P()))
 
 
 def put(values: np.ndarray, where: Sharding) -> jax.Array:
@@ -207,19 +205,23 @@ class Ours(Pretrained):
 
     def __init__(self, name: str):
         self.name, self.saved = name, store.locate(name)
-        note = self.saved.json("run")
+        note, words = self.saved.json("run"), self.saved.json("tokenizer")
         said = note.get("run", note) if isinstance(note, dict) else None
         if not isinstance(said, dict) or "model" not in said:
             raise ValueError(f"{self.saved.path} does not say what model it holds")
         self.trained = "run" in note  # else it holds parameters alone
-        self.cfg = fields.decode(ModelConfig, said["model"], "model")
+        try:
+            self.cfg = fields.decode(ModelConfig, said["model"], "model")
+            self._tokenizer = from_json(json.dumps(words)) if words else None
+            if self._tokenizer is not None:
+                texts.fits(self._tokenizer, self.cfg.vocab)
+        except ValueError as error:
+            raise ValueError(f"{self.saved.path}: {error}") from None
         self.family = next((one for one in FAMILIES if one.name == note.get("family")), None)
-        self.files = {
-            file: str(note["files"][file]) for file in FILES if file in note.get("files", {})
-        }
+        files = note.get("files", {})
+        self.files = {file: str(files[file]) for file in FILES if file in files}
         self.narrow = note.get("narrow", {})
-        words = self.saved.json("tokenizer")
-        self._tokenizer = from_json(json.dumps(words)) if words else None
+        self.context = said["data"]["seq"] if self.trained else note.get("context")
         self.arrays = {
             array.removeprefix("params."): found
             for array, found in self.saved.arrays().items()
@@ -268,13 +270,16 @@ class Published(Pretrained):
         if tokenizer is not None:
             texts.fits(tokenizer, cfg.vocab)
         dtypes: dict[str, set] = collections.defaultdict(set)
-        self.narrow = {}
         for foreign, source in self.located.sources.items():
             dtypes[self.names.array(foreign)[0]].add(_dtype(source, tensors.tensors[source]))
-            if tensors.tensors[source].dtype == "F16":
-                self.narrow[foreign] = "F16"
         self.arrays = {
             array: (shape, _widest(dtypes[array])) for array, shape in self.names.ours().items()
+        }
+        kinds = zip(self.located.sources, self.kinds(), strict=True)
+        self.narrow = {
+            foreign: kind
+            for foreign, kind in kinds
+            if kind == "F16" or STORED.get(kind, FLOAT32) != self._array(foreign)[1]
         }
         stored = _widest({dtype for _, dtype in self.arrays.values()})
         kind = "bfloat16" if stored == BFLOAT16 else "float32"
@@ -286,6 +291,9 @@ class Published(Pretrained):
             return values.astype(self.arrays[name][1], copy=False)
 
         return self.names.compose(name, index, tensor)
+
+    def _array(self, foreign: str) -> Array:
+        return self.arrays[self.names.array(foreign)[0]]
 
     def stored(self) -> Iterator[tuple[Key, np.ndarray]]:
         for foreign, name in sorted(self.located.sources.items(), key=lambda item: item[1]):
@@ -392,6 +400,7 @@ def _gguf(name: str, path: Path) -> Published:
         raise ValueError(f"{path}: {error}") from None
     made = _made(path, name, tensors, family, cfg, tokenizer, {})
     made.digest, made.folders = digest([], [path]), []
+    made.context = gguf_config.context(file)
     return made
 
 

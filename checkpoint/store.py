@@ -6,7 +6,6 @@ needs to go on: the resolved run, the position in the data, the tokenizer.
 
 import asyncio
 import contextlib
-import functools
 import json
 import math
 import re
@@ -84,19 +83,24 @@ class Saved:
             keys = tensorstore.KvStore.open(self._database()).result().list().result()
         names = sorted(key.decode()[: -len(SHAPE)] for key in keys if key.endswith(SHAPE.encode()))
         with self._told("a shape"):
-            opened = {name: _open(self, name) for name in names}
+            opened = {name: self._open(name) for name in names}
         return {name: (array.shape, array.dtype.numpy_dtype) for name, array in opened.items()}
 
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         """An array, or one layer of a stacked one, without reading the others."""
         with self._told(name):
-            array = _open(self, name)
+            array = self._open(name)
             return (array if index is None else array[index]).read().result()
 
     def _database(self) -> dict[str, Any]:
         """Where orbax keeps the arrays, as tensorstore opens it."""
         base = {"driver": "file", "path": f"{self.path / str(self.step)}/state/"}
         return {"driver": "ocdbt", "base": base}
+
+    def _open(self, name: str) -> tensorstore.TensorStore:
+        """An array, of which a slice is read when asked for; 0.4 ms."""
+        kvstore = {**self._database(), "path": f"{name}/"}
+        return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
     @contextlib.contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -133,12 +137,6 @@ def _handler(state: Any = None) -> ocp.CompositeCheckpointHandler:
         run=ocp.JsonCheckpointHandler(),
         tokenizer=ocp.JsonCheckpointHandler(),
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def _open(saved: Saved, name: str) -> tensorstore.TensorStore:
-    kvstore = {**saved._database(), "path": f"{name}/"}
-    return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
 
 
 class Store:

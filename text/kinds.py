@@ -40,6 +40,7 @@ class Tokenizer(abc.ABC):
     """What every tokenizer can do."""
 
     size: int
+    plain: int  # ids of documents are below it: special tokens may lie beyond
     end: int
     ends: tuple[int, ...]  # ids that end a generation, `end` among them
     template: str | None = None  # the chat template, Jinja
@@ -86,7 +87,7 @@ class Tokenizer(abc.ABC):
 class Bytes(Tokenizer):
     """The UTF-8 bytes themselves, 0 to 255; the end is 256."""
 
-    size = 257
+    size = plain = 257
     end = 256
     ends = (256,)
     joins_bytes = True
@@ -154,7 +155,9 @@ class Published(Tokenizer):
             self._silent[end] = END_NAMES[0]
         self.end = end
         self.ends = tuple(sorted({end, *ends}))
-        self.size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())
+        known = tokenizer.get_vocab(with_added_tokens=True).values()
+        self.size = 1 + max(known)
+        self.plain = 1 + max({*known} - self._silent.keys() | {end})
         decoders = _names(tokenizer.decoder)
         self.joins_bytes = decoders == {"ByteLevel"}
         self._has_byte_pieces = "ByteFallback" in decoders

@@ -90,10 +90,13 @@ def from_json(text: str) -> Tokenizer:
 
 
 def fits(tokenizer: Tokenizer, vocab: int) -> None:
-    """Raise ValueError unless every id of `tokenizer` is below `vocab`, the model's vocabulary."""
-    if tokenizer.size > vocab:
+    """Raise ValueError unless every id of a document is below `vocab`, the model's vocabulary.
+
+    Published special tokens may lie beyond it: Gemma 3 of 1B has one for images that it lacks.
+    """
+    if tokenizer.plain > vocab:
         raise ValueError(
-            f"a tokenizer of {tokenizer.size} ids for a model whose vocabulary is {vocab}: "
+            f"a tokenizer of {tokenizer.plain} ids for a model whose vocabulary is {vocab}: "
             "they are not of the same checkpoint"
         )
 

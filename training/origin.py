@@ -43,7 +43,7 @@ class Origin:
         ValueError if `workdir` holds a run that this command does not go on with.
         """
         weights = open_pretrained(restore) if restore else None
-        if isinstance(weights, Ours) and "run" in weights.saved.json("run"):
+        if isinstance(weights, Ours) and weights.trained:
             weights = None  # more than weights: the state of a run
         if weights:
             run = _of(run, weights)

@@ -31,7 +31,8 @@ def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Te
     if tokenizer is None:
         tokenizer = tokenizers.load(run.data.tokenizer, lambda: split.sample(sources))
     try:
-        run = dataclasses.replace(run, model=run.model.with_vocab(tokenizer.size))
+        size = tokenizer.plain if run.model.vocab else tokenizer.size
+        run = dataclasses.replace(run, model=run.model.with_vocab(size))
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     check(run, jax.device_count())

@@ -307,3 +307,74 @@ def test_names_of_arrays_are_dotted_paths():
     assert sorted(names) == ["a.0", "a.1.b"]
     assert math.prod(names["a.1.b"].shape) == 2
     assert re.fullmatch(r"[\w.]+", "".join(names))
+
+
+# ---- reading and writing a slice at a time ----
+
+
+def lazy(array, calls, *, stacked):
+    """The array as a Lazy that notes what is asked of it."""
+
+    def read(index):
+        calls.append(index)
+        return array if index is None else array[index]
+
+    return store.Lazy(array.shape, array.dtype, read, stacked)
+
+
+def test_what_is_written_lazily_is_read_like_any_other(tmp_path):
+    draw, calls = np.random.default_rng(0), []
+    arrays = {
+        "params.blocks.0.w": draw.standard_normal((5, 300, 1000)).astype(np.float32),
+        "params.blocks.0.scale": draw.standard_normal((5, 7)).astype(jnp.bfloat16),
+        "params.table": draw.standard_normal((33, 8)).astype(np.float32),
+    }
+    lazies = {name: lazy(a, calls, stacked="blocks" in name) for name, a in arrays.items()}
+    store.save_lazily(tmp_path, 0, lazies, {"model": 1}, TOKENIZER)
+    assert sorted(calls, key=str) == sorted([*range(5), *range(5), None], key=str)
+    here = locate(str(tmp_path))
+    assert here.json("run") == {"model": 1} and here.step == 0
+    assert here.arrays() == {name: (a.shape, a.dtype) for name, a in sorted(arrays.items())}
+    mesh = mesh_of(8, fsdp=4)
+    abstract = {
+        name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, jax.P()))
+        for name, a in arrays.items()
+    }
+    assert_same(here.restore(abstract), arrays)
+    assert chunk_on_disk(here, "params.blocks.0.w") == (1, 300, 1000)
+    assert chunk_on_disk(here, "params.blocks.0.scale") == (5, 7)
+
+
+def test_a_slice_is_read_alone(on_eight):
+    state, here = on_eight
+    for name, array in store.flatten(state).items():
+        assert here.read(name).tobytes() == np.asarray(array).tobytes()
+        if store.STACKED.search(name):
+            assert here.read(name, 1).tobytes() == np.asarray(array)[1].tobytes()
+
+
+def test_an_error_while_writing_lazily_is_raised_and_ends_it(tmp_path, caplog):
+    calls = []
+
+    def fail(index):
+        calls.append(index)
+        raise OSError("gone")
+
+    shape, dtype = (4, 8), np.dtype(np.float32)
+    lazies = {f"params.blocks.{i}": store.Lazy(shape, dtype, fail, True) for i in range(3)}
+    with pytest.raises(OSError, match="gone"):
+        store.save_lazily(tmp_path, 0, lazies, {}, {})
+    assert len(calls) <= len(lazies)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_damage_is_told_in_a_line_with_its_place(tmp_path):
+    here = saved(tmp_path, tiny(3), 3)
+    (tmp_path / "3" / "run" / "metadata").write_text("{")
+    with pytest.raises(ValueError, match=r"3/run/metadata is damaged: Expecting"):
+        here.json("run")
+    (tmp_path / "3" / "state" / "manifest.ocdbt").write_bytes(b"no manifest")
+    for read in (here.arrays, lambda: here.read("a")):
+        with pytest.raises(ValueError, match=r"/3 is damaged: cannot read ") as caught:
+            read()
+        assert len(str(caught.value)) < 500

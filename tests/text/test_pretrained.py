@@ -274,6 +274,18 @@ def test_a_tokenizer_must_fit_the_model():
         pretrained.fits(made, 299)
 
 
+def test_a_special_token_may_lie_beyond_the_models_vocabulary():
+    """As <image_soft_token>, 262,144, of a Gemma 3 that reads no images."""
+    library = tokenizers.Tokenizer.from_str(tokenizer.train_bpe(small.SAMPLE, 300).to_json())
+    library.add_special_tokens(["<image_soft_token>"])
+    made = Published(library)
+    assert (made.size, made.plain) == (301, 300)
+    pretrained.fits(made, 300)
+    library.add_tokens(["word"])
+    with pytest.raises(ValueError, match="of 302 ids for a model whose vocabulary is 300"):
+        pretrained.fits(Published(library), 300)
+
+
 def test_a_folder_without_a_tokenizer_says_what_it_looked_for(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
