@@ -9,7 +9,7 @@ from optim.config import OptimConfig
 def get_config() -> Run:
     """AdamW at a low rate over all parameters; matmuls in bfloat16, which a CPU does slowly.
 
-    python train.py --config=configs/finetune.py --restore=SmolLM2-135M --config.data.sources=book.txt
+    python train.py --config=configs/finetune.py --restore=DIR --config.data.sources=book.txt
     On a CPU with --config.model.dtype=float32.
     """
     return Run(

@@ -95,6 +95,11 @@ class Run:
 def check(run: Run, devices: int) -> None:
     """Raise ValueError unless `run` can be trained, split over this many devices."""
     _trainable(run)
+    check_split(run, devices)
+
+
+def check_split(run: Run, devices: int) -> None:
+    """Raise ValueError unless what `run` computes can be split over this many devices."""
     try:
         sizes = run.mesh.sizes(devices)
     except ValueError as error:

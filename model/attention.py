@@ -9,17 +9,17 @@ import math
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from model import kernels
+from model.cache import KeysValues
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, rotate
 from sharding.layout import Layout
-
-KeysValues = tuple[jax.Array, jax.Array]  # [B, S, K, H] each
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +71,7 @@ class SelfAttention(nnx.Module):
         self.attend = functools.partial(
             kernels.attention.plain, causal=attention.causal, **settings
         )
+        self.attend_fresh = functools.partial(kernels.attention.blocked, **settings)
         self.attend_cached = functools.partial(kernels.attention.cached, **settings)
 
     def __call__(
@@ -88,9 +89,10 @@ class SelfAttention(nnx.Module):
         k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
         # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
         over = functools.partial(jax.shard_map, out_specs=jax.typeof(q_BTKGH).sharding.spec)
-        if cache is None:
-            o_BTKGH = over(self.attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
-        else:
+        if cache is not None:
             o_BTKGH = over(self.attend_cached)(q_BTKGH, k_BTKH, v_BTKH, *cache, context.held)
+        else:
+            attend = self.attend_fresh if "cache" in context.keep else self.attend
+            o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
         # Heads are split over tensor: the sum over them crosses devices.
-        return self.out(o_BTKGH), (k_BTKH, v_BTKH)
+        return self.out(o_BTKGH), (jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2))

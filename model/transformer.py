@@ -13,8 +13,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.attention import Context, KeysValues, SelfAttention
-from model.cache import Cache, append
+from model.attention import Context, SelfAttention
+from model.cache import Cache, KeysValues, append
 from model.config import ModelConfig
 from model.heads import make_head
 from model.layers import Embedding, Role, make_norm
@@ -59,7 +59,11 @@ def run_layers(
             extras.append(extra)
         return x_BTD, tuple(extras)
 
-    x_BTD, extras = lax.scan(repetition, x_BTD, tuple(stacks), unroll=unroll)
+    if jax.tree.leaves(stacks)[0].shape[0] == 1:  # a loop of one still moves what goes through it
+        x_BTD, extras = repetition(x_BTD, jax.tree.map(lambda a: a[0], tuple(stacks)))
+        extras = jax.tree.map(lambda a: a[None], extras)
+    else:
+        x_BTD, extras = lax.scan(repetition, x_BTD, tuple(stacks), unroll=unroll)
     x_BTD, last = repetition(x_BTD, rest)
     return x_BTD, (extras, last)
 
@@ -233,8 +237,10 @@ class Transformer(nnx.Module):
         x_BTD, extras = self.run(
             ids_BT, positions_BT, segments_BT, keep=("cache",), cache=None if fresh else cache
         )
-        more = (tuple(extra["cache"] for extra in part) for part in extras)
-        return x_BTD, append(cache, *more, counts_B)
+        more = tuple(tuple(extra["cache"] for extra in part) for part in extras)
+        if not fresh:
+            more = after(x_BTD, more)
+        return x_BTD, append(cache, *more, counts_B, fresh=fresh)
 
     def table(self) -> jax.Array:
         """The weight over the vocabulary, [V, D]: the head's own, or the embedding's."""
@@ -285,6 +291,21 @@ class Transformer(nnx.Module):
         """What the head reads from the hidden states, float32: [B, T, V] of a language head."""
         x_BTD = self(ids_BT, positions_BT, segments_BT, types_BT)
         return self.head.logits(x_BTD, self.table())
+
+
+def after(x_BTD: jax.Array, keys_values: Any) -> Any:
+    """The same keys and values, of which XLA knows that x comes before them.
+
+    Only if each write of a cache comes after all that reads it can it be done in place; so every
+    step would copy the cache. A row whose hidden states are NaN gets a cache of NaN.
+    """
+    broken_B = jnp.isnan(x_BTD[:, 0, 0])
+
+    def mark(a: jax.Array) -> jax.Array:
+        broken = jnp.expand_dims(broken_B, (*range(a.ndim - 4), *range(a.ndim - 3, a.ndim)))
+        return jnp.where(broken, jnp.asarray(jnp.nan, a.dtype), a)
+
+    return jax.tree.map(mark, keys_values)
 
 
 def pure(graph: nnx.GraphDef) -> Layer:

@@ -59,7 +59,7 @@ def test_nothing_is_written_beyond_the_cache(one_device):
     _, cache = model.extend(full, jnp.array([6]), caches.empty(cfg, WHOLE, 1, 8), fresh=True)
     _, after = model.extend(full, jnp.array([2]), cache)
     for held, now in zip(cache.layers[0], after.layers[0], strict=True):
-        np.testing.assert_array_equal(held[:, :, :6], now[:, :, :6])
+        np.testing.assert_array_equal(held[:, :, :, :6], now[:, :, :, :6])
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2)])
