@@ -26,7 +26,7 @@ from sharding import mesh as meshes
 from sharding import runtime
 from sharding.layout import Layout
 from sharding.mesh import MeshConfig
-from text import chat
+from text import cache, chat
 
 MOST = 256  # tokens, where --max_tokens is not given
 ROWS = 16  # prompts of a file at one time
@@ -290,6 +290,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    runtime.keep_programs(cache.folder() / "programs")
     sys.exit(
         command.status(
             main,

@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
+import platform
 import sys
+from pathlib import Path
 
 import jax
 
@@ -41,3 +44,19 @@ def once() -> dict | None:
     For `jax.jit(compiler_options=...)`; the initial state of a small model compiles in 2 s, not 8.
     """
     return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+
+
+def keep_programs(folder: Path) -> None:
+    """Keep compiled programs in `folder` for later processes, unless JAX was told another.
+
+    Apart for each kind of processor: JAX takes programs of any, and one that lacks an instruction
+    dies of them. Call it before anything is compiled.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    kind = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        kind = next((line for line in lines if line.startswith(("flags", "Features"))), kind)
+    name = hashlib.blake2b(kind.encode(), digest_size=8).hexdigest()
+    jax.config.update("jax_compilation_cache_dir", str(folder / name))

@@ -147,10 +147,11 @@ def start(run_folder, task, tmp_path):
         process.communicate()
 
 
-def wait_for(run_folder, count):
+def wait_for(process, run_folder, count):
     path = run_folder.path / "evals" / "evals.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -160,18 +161,18 @@ def test_a_signal_ends_it_and_a_kill_loses_nothing(start, run_folder):
     run_folder.begin(steps=40)
     run_folder.save(10)
     first = start()
-    wait_for(run_folder, 1)
+    wait_for(first, run_folder, 1)
     first.send_signal(signal.SIGTERM)
-    out, err = first.communicate(timeout=60)
+    out, err = first.communicate(timeout=300)
     assert first.returncode == 143, (out, err)
     assert "stopped by SIGTERM" in err
     second = start()
     run_folder.save(20)
-    wait_for(run_folder, 2)
+    wait_for(second, run_folder, 2)
     second.kill()
     second.communicate()
     run_folder.save(30, 40)
-    out, err = start().communicate(timeout=120)
+    out, err = start().communicate(timeout=300)
     assert err == ""
     assert "step 40 was the last: done" in out
     assert [row["step"] for row in rows(run_folder)] == [10, 20, 30, 40]

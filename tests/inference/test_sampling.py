@@ -33,9 +33,6 @@ def softmax(z):
     return e / e.sum()
 
 
-# ---- one setting at a time, in NumPy --------------------------------------------------------------
-
-
 def top_k(z, k):
     return z >= np.sort(z)[-min(k, z.size)] if k else np.full(z.shape, True)
 
@@ -123,8 +120,6 @@ def test_a_penalty_comes_before_the_choice_greedy_or_drawn():
             assert draw(z, rows.keys(jnp.arange(1)), rows, seen)[0] == wanted
 
 
-# ---- rows -----------------------------------------------------------------------------------------
-
 MIXED = (
     Sampling(),
     Sampling(1.0, seed=3),
@@ -209,9 +204,6 @@ def test_an_impossible_setting_says_what_is_right(wrong, message):
         Sampling(**wrong)
 
 
-# ---- against transformers -------------------------------------------------------------------------
-
-
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "settings",
@@ -249,9 +241,6 @@ def test_what_may_be_drawn_is_what_transformers_leaves(settings):
     ours = sampling.keep_likely(ours, many.min_p)
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(right))
     np.testing.assert_allclose(ours, right, rtol=1e-6)
-
-
-# ---- the plain loop -------------------------------------------------------------------------------
 
 
 def place(mesh) -> NamedSharding:

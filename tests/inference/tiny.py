@@ -1,6 +1,7 @@
 """Engines of tiny models: with random parameters, or with an answer that is known beforehand."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -73,7 +74,7 @@ def spelled(text: str) -> dict[int, int]:
     """Links for `chain` from each character to the next; they must differ."""
     assert len(set(text)) == len(text)
     ids = [256 if c == "$" else ord(c) for c in text]  # $ is the end
-    return dict(zip(ids, ids[1:], strict=False))
+    return dict(itertools.pairwise(ids))
 
 
 def full_logits(engine, ids):

@@ -1,6 +1,5 @@
 """A run small enough to compile for any mesh of eight devices, and its collectives."""
 
-import re
 from collections import Counter
 
 import jax
@@ -9,6 +8,7 @@ from jax.sharding import NamedSharding
 
 import train
 from configs.run import Run
+from costs.collectives import collectives
 from data.config import DataConfig
 from model.config import Arch, Attention, Head, ModelConfig, Norm
 from optim.config import OptimConfig
@@ -85,12 +85,9 @@ def losses(run, start):
         return np.array([float(loss) for loss in found]), state
 
 
-def collectives(text):
-    """(operation, dims of a result) of every collective in a compiled program's text."""
-    names = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-    for results, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", text):
-        for dims in re.findall(r"\b[a-z]+\d+\[([\d,]*)\]", results):
-            yield name, tuple(int(n) for n in dims.split(",") if n)
+def results(text, name):
+    """The dims of every result of a program's collectives of one kind."""
+    return [dims for one in collectives(text) if one.name == name for dims in one.shapes]
 
 
 def gathered(program):
@@ -112,6 +109,5 @@ def check_reduce_scatters(program, text):
 
     own, whole = map(counted, zip(*gathered(program), strict=True))
     assert own.total() == 5  # qkv, out, gate with up, down; the head's table
-    found = list(collectives(text))
-    assert counted(dims for name, dims in found if name == "reduce-scatter") == own
-    assert not counted(dims for name, dims in found if name == "all-reduce").keys() & whole.keys()
+    assert counted(results(text, "reduce-scatter")) == own
+    assert not counted(results(text, "all-reduce")).keys() & whole.keys()

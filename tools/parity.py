@@ -1,0 +1,376 @@
+"""Prove that placement changes no value: a recipe on one device against every mesh.
+
+The recipe's model is shrunk, its structure kept, and takes steps of plain SGD in float32 on random
+packed rows: on one device, then on each mesh of simulated CPU devices. A row of the table holds
+the largest relative difference of the losses; of the first step's gradients and of the last
+parameters the norm of the difference over the norm of the whole tree, from the worst copy; bytes
+of the parameters on a device; and how often each kind of collective runs in one compiled step,
+with the bytes that it hands to a device (a reduce-scatter: takes from it).
+
+A head without a training loss is trained on the mean of 1 + sin(y_k + k) over its outputs y of all
+tokens that are no padding, and its outputs are compared as well. Experts: parameters are drawn such
+that each token prefers its experts by a wide margin, so every mesh makes the same choices.
+
+Exit code 1 if a difference is above 1e-5.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+import train
+from configs import command
+from configs.run import Run, check_split
+from costs import targets
+from costs.collectives import NAMES, collectives, totals
+from costs.memory import human, state_bytes
+from model.config import HEADS, ModelConfig
+from model.families import FAMILIES
+from sharding import mesh as meshes
+from sharding.layout import AXES
+from sharding.mesh import MeshConfig
+from training import moments, shrunk
+
+TOLERANCE = 1e-5  # the same values, summed in another order
+AOT_WIDTH = 64  # of a head: for a few KiB a TPU's compiler prefers other collectives
+CPU_OPTIONS = {"xla_backend_optimization_level": 0}  # compiling is what takes the time
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string(
+    "family", None, "A family or a published size of one, in place of the recipe's model",
+    flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_string("head", None, f"Another head: {', '.join(HEADS)}", flag_values=FLAGS)
+flags.DEFINE_integer("devices", 8, "Of each mesh", flag_values=FLAGS)
+flags.DEFINE_string(
+    "meshes", "all", "As data=2,fsdp=4;tensor=8; all: every factorisation", flag_values=FLAGS
+)
+flags.DEFINE_integer("steps", 10, "Of SGD", flag_values=FLAGS)
+flags.DEFINE_list("aot", [], f"Also compile for: {targets.known()}", flag_values=FLAGS)
+flags.DEFINE_string(
+    "platform", "cpu", "cpu simulates its devices; cuda or tpu must have them", flag_values=FLAGS
+)
+flags.DEFINE_boolean("verbose", False, "Bytes of each parameter", flag_values=FLAGS)
+
+
+# ---- one device, then each mesh ------------------------------------------------------------------
+
+
+def compiled(program: train.Program, options: dict | None) -> Any:
+    """The step of this program's head, compiled; it takes over the state's memory."""
+    own = program.run.model.arch.head.kind == "language"
+    step = train.train_step if own else moments.output_step
+    lowered = program.jit(step, donate_argnums=0).lower(program.state, program.batch())
+    return lowered.compile(compiler_options=options)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What one device makes of a run."""
+
+    start: Any  # parameters
+    first: moments.Moment
+    last: moments.Moment
+    losses: list[float]
+    moved: float  # the parameters' way, over their norm
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mesh against the reference."""
+
+    mesh: dict[str, int]
+    differences: dict[str, float]
+    leaves: dict[str, int]  # bytes on a device of each parameter
+    talk: dict[str, dict[str, tuple[int, int]]]  # platform -> kind of collective -> count, bytes
+    refused: str = ""  # why the house does not build this mesh
+    broken: str = ""  # the error that came in place of a program
+
+    @property
+    def passed(self) -> bool:
+        """Whether every difference is within TOLERANCE; NaN is not."""
+        return not self.broken and all(d <= TOLERANCE for d in self.differences.values())
+
+
+def refer(run: Run, devices: list[jax.Device], options: dict | None) -> Reference:
+    """The run on the first of `devices`, its parameters drawn anew."""
+    one = MeshConfig(**dict.fromkeys(AXES, 1))
+    with jax.set_mesh(meshes.make(one, devices[:1])):
+        program = train.build(dataclasses.replace(run, mesh=one))
+        roles = train.transformer.abstract(run.model, run.layout)[2]
+        start = shrunk.parameters(run.model, program.state.params, roles)
+        losses, first, last = [], None, None
+        for moment in moments.each(program, compiled(program, options), start):
+            losses.append(float(moment.loss))
+            first = first or jax.device_get(moment)
+            last = moment
+        moved = moments.distance(last.params, start)
+        return Reference(start, first, jax.device_get(last), losses, moved)
+
+
+def compare(
+    run: Run, mesh: MeshConfig, devices: list[jax.Device], right: Reference, options: dict | None
+) -> Row:
+    """The run on one mesh of `devices`, against the reference."""
+    run = dataclasses.replace(run, mesh=mesh)
+    sizes = mesh.sizes(len(devices))
+    check_split(run, len(devices))
+    with jax.set_mesh(meshes.make(mesh, devices)):
+        program = train.build(run)
+        step = compiled(program, options)
+        differences, losses = {"loss": 0.0}, []
+        for i, moment in enumerate(moments.each(program, step, right.start)):
+            losses.append(moments.distance(moment.loss, right.losses[i]))
+            if i == 0:
+                if jax.tree.leaves(moment.outputs):
+                    differences["outputs"] = moments.distance(moment.outputs, right.first.outputs)
+                differences["gradients"] = moments.distance(moment.grads, right.first.grads)
+        differences["loss"] = float(np.max(losses))  # max() would lose a NaN
+        differences["parameters"] = moments.distance(moment.params, right.last.params)
+        leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="."): state_bytes([leaf])["0"]
+            for path, leaf in jax.tree.leaves_with_path(program.state.params)
+        }
+        talk = {devices[0].platform: totals(collectives(step.as_text()))}
+    return Row(sizes, differences, leaves, talk)
+
+
+def ahead(run: Run, mesh: MeshConfig, target: str) -> dict[str, tuple[int, int]]:
+    """The collectives of one step compiled for a target that is not here."""
+    run = dataclasses.replace(run, mesh=mesh)
+    with jax.set_mesh(meshes.make(mesh, targets.devices_of(target))):
+        text = compiled(train.build(run), targets.compiler_options(target)).as_text()
+    return totals(collectives(text))
+
+
+# ---- what was asked ------------------------------------------------------------------------------
+
+
+def factorisations(devices: int, axes: int = len(AXES)) -> Iterator[tuple[int, ...]]:
+    """Every way to write `devices` as a product of sizes of the axes, in order."""
+    if axes == 1:
+        yield (devices,)
+        return
+    for size in range(1, devices + 1):
+        if devices % size == 0:
+            yield from ((size, *rest) for rest in factorisations(devices // size, axes - 1))
+
+
+def meshes_of(text: str, devices: int) -> list[MeshConfig]:
+    """The meshes that --meshes names. ValueError for one that `devices` do not make."""
+    if text == "all":
+        return [MeshConfig(**dict(zip(AXES, s, strict=True))) for s in factorisations(devices)]
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        sizes = dict.fromkeys(AXES, 1)
+        for item in part.split(","):
+            axis, _, size = (word.strip() for word in item.partition("="))
+            if axis not in sizes or not size.isdigit():
+                example = ",".join(f"{axis}=2" for axis in AXES)
+                raise ValueError(f"--meshes: {item!r} is no AXIS=SIZE, such as {example}")
+            sizes[axis] = int(size)
+        mesh = MeshConfig(**sizes)
+        try:
+            mesh.sizes(devices)
+        except ValueError as error:
+            raise ValueError(f"--meshes={part}: {error}") from error
+        found.append(mesh)
+    if not found:
+        raise ValueError(f"--meshes={text!r} names no mesh, write all or such as fsdp={devices}")
+    return found
+
+
+def combinations() -> str:
+    """A table of every set of axes, each of 2 devices: whether a run can be split over it."""
+    rows = []
+    for size in range(1, len(AXES) + 1):
+        for axes in itertools.combinations(AXES, size):
+            mesh = MeshConfig(**{axis: 2 if axis in axes else 1 for axis in AXES})
+            run = dataclasses.replace(shrunk.shrunk_run(Run(), 2**size, 1), mesh=mesh)
+            try:
+                check_split(run, 2**size)
+                rows.append([" x ".join(axes), "yes"])
+            except ValueError as error:
+                rows.append([" x ".join(axes), f"no: {error}"])
+    return table(["axes", "supported"], rows)
+
+
+def model_of(run: Run) -> ModelConfig:
+    """The recipe's model, or that of --family, with the head of --head."""
+    cfg = run.model
+    if name := FLAGS.family:
+        sizes = {}
+        for family in FAMILIES:
+            one = next(iter(family.sizes.values()))
+            sizes |= {family.name: one, family.outer: one, **family.sizes}
+        if name not in sizes:
+            known = ", ".join(family.name for family in FAMILIES)
+            raise ValueError(f"--family={name} is none of {known}, nor a published size of one")
+        unroll = cfg.unroll if cfg.unroll < cfg.layers else 1
+        cfg = dataclasses.replace(sizes[name], remat=cfg.remat, unroll=unroll)
+    if FLAGS.head:
+        if FLAGS.head not in HEADS:
+            raise ValueError(f"--head={FLAGS.head} is none of {', '.join(HEADS)}")
+        head = dataclasses.replace(cfg.arch.head, kind=FLAGS.head)
+        cfg = dataclasses.replace(cfg, arch=dataclasses.replace(cfg.arch, head=head))
+    return cfg
+
+
+def find_devices(platform: str, count: int) -> list[jax.Device]:
+    """`count` devices, simulated on CPU. ValueError if there are fewer."""
+    jax.config.update("jax_platforms", platform)
+    if platform == "cpu":
+        with contextlib.suppress(RuntimeError):  # JAX has begun: with the devices that it has
+            jax.config.update("jax_num_cpu_devices", count)
+    else:
+        jax.config.update("jax_default_matmul_precision", "highest")  # not TF32, not bfloat16
+    try:
+        found = jax.devices(platform)
+    except RuntimeError as error:
+        raise ValueError(f"--platform={platform}: {error}") from error
+    if len(found) < count:
+        raise ValueError(f"--devices={count} is more than the {len(found)} of {platform} here")
+    return found[:count]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns that are Markdown as well."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:<{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def named(mesh: dict[str, int]) -> str:
+    """A mesh as --meshes takes it."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "1"
+
+
+def spoken(count: int, size: int) -> str:
+    """The collectives of one kind."""
+    return f"{count}: {human(size)}" if count else "-"
+
+
+def tables(rows: list[Row], verbose: bool) -> Iterator[str]:
+    """What was found: differences, collectives for each platform, bytes of each parameter."""
+    told = [row for row in rows if row.differences]
+    if told:
+        kinds = list(told[0].differences)
+        head = ["mesh", *kinds, "parameters of a device", ""]
+        yield table(
+            head,
+            [
+                [
+                    named(row.mesh),
+                    *(f"{row.differences[kind]:.1e}" for kind in kinds),
+                    human(sum(row.leaves.values())),
+                    "pass" if row.passed else "FAIL",
+                ]
+                for row in told
+            ],
+        )
+        for platform in told[0].talk:
+            cells = [
+                [named(row.mesh), *(spoken(*row.talk[platform][name]) for name in NAMES)]
+                for row in told
+            ]
+            yield table([f"collectives, {platform}", *NAMES], cells)
+        if verbose:
+            yield table(
+                ["bytes on a device", *(named(row.mesh) for row in told)],
+                [[name, *(str(row.leaves[name]) for row in told)] for name in told[0].leaves],
+            )
+    for what, name in (("refused", "not supported"), ("broken", "FAILS with")):
+        why = [[named(row.mesh), getattr(row, what)] for row in rows if getattr(row, what)]
+        if why:
+            yield table(["mesh", name], why)
+
+
+def main(recipe: Run) -> int:
+    """Compare and print; the exit code."""
+    with command.user_input():
+        count = FLAGS.devices
+        if count < 1 or FLAGS.steps < 1:
+            raise ValueError(f"--devices={count} and --steps={FLAGS.steps} must be at least 1")
+        recipe = dataclasses.replace(recipe, model=model_of(recipe))
+        wanted = meshes_of(FLAGS.meshes, count)
+        devices = find_devices(FLAGS.platform, count)
+        for target in FLAGS.aot:
+            if len(targets.devices_of(target)) != count:
+                raise ValueError(f"--aot={target} has not --devices={count} devices; give as many")
+        run = shrunk.shrunk_run(recipe, count, FLAGS.steps)
+    options = CPU_OPTIONS if FLAGS.platform == "cpu" else None
+    right = refer(run, devices, options)
+    cfg = run.model
+    print(
+        f"{FLAGS.family or recipe.name}: {cfg.layers} layers of {cfg.embed}, {run.data.batch} rows "
+        f"of {run.data.seq} tokens, {FLAGS.steps} steps of SGD in float32; on one device the loss "
+        f"went from {right.losses[0]:.4f} to {right.losses[-1]:.4f}, the parameters moved by "
+        f"{right.moved:.1%}\n",
+        flush=True,
+    )
+    rows = [one_row(recipe, run, mesh, devices, right, options) for mesh in wanted]
+    print(*tables(rows, FLAGS.verbose), sep="\n\n")
+    failed = [named(row.mesh) for row in rows if not row.refused and not row.passed]
+    compared = sum(not row.refused for row in rows)
+    print(f"\n{compared - len(failed)} of {compared} meshes within {TOLERANCE:.0e} of one device")
+    return 1 if failed else 0
+
+
+def one_row(
+    recipe: Run,
+    run: Run,
+    mesh: MeshConfig,
+    devices: list[jax.Device],
+    right: Reference,
+    options: dict | None,
+) -> Row:
+    """A mesh's row; one that the house refuses is told as such where all were asked for."""
+    try:
+        with command.user_input():
+            check_split(dataclasses.replace(run, mesh=mesh), len(devices))
+    except command.UserError as error:
+        if FLAGS.meshes != "all":
+            raise
+        return Row(mesh.sizes(len(devices)), {}, {}, {}, refused=str(error))
+    try:
+        row = compare(run, mesh, devices, right, options)
+    except Exception as error:  # the other meshes still have something to say
+        traceback.print_exc()
+        first = str(error).splitlines()[0] if str(error) else repr(error)
+        return Row(mesh.sizes(len(devices)), {}, {}, {}, broken=first)
+    wide = shrunk.shrunk_run(recipe, len(devices), 1, AOT_WIDTH)
+    wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="bfloat16"))
+    more = {target: ahead(wide, mesh, target) for target in FLAGS.aot}
+    return dataclasses.replace(row, talk=row.talk | more)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        command.status(
+            main,
+            sys.argv[1:],
+            recipe="configs/quickstart.py",
+            examples=(
+                "--config=configs/llama.py:8B --meshes='data=2,fsdp=2,tensor=2;fsdp=8'",
+                "--family=mixtral --devices=4 --verbose",
+                "--family=bert --head=classifier --meshes=fsdp=8",
+                "--config=configs/llama.py:1B --meshes=fsdp=8 --aot=h100x8,v5e-8",
+            ),
+            values=FLAGS,
+        )
+    )
