@@ -25,8 +25,9 @@ from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
 from sharding import mesh as meshes
 from sharding import runtime
+from training.lock import Lock
 from training.loop import Loop
-from training.origin import Origin
+from training.origin import Origin, resolve
 from training.summary import finish, print_run
 from training.text import open_text
 
@@ -192,21 +193,31 @@ def build(run: Run) -> Program:
 def train(run: Run) -> None:
     """The command, once its flags are a Run."""
     runtime.prepare()
+    with Lock() as lock:
+        train_in(lock, run)
+
+
+def train_in(lock: Lock, run: Run) -> None:
+    """`train` in a folder that the lock keeps from other runs."""
     with command.user_input():
         meshes.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
         profile = Profile(workdir / "profile", PROFILE.value)
-        run, origin = Origin.find(run, workdir, RESTORE.value)
+        run, weights = resolve(run, workdir, RESTORE.value)
+        lock.take(workdir)
+        origin = Origin.find(run, workdir, RESTORE.value, weights)
         check(run, jax.device_count())
         run, text = open_text(run, origin.tokenizer())
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
+        lock.take(workdir)  # if it was not there before
+        if meshes.is_main():
             load.save(run, workdir / "config.json")
     with jax.set_mesh(meshes.make(run.mesh)), text.loader, profile, Signals() as signals:
         program = build(run)
         with command.user_input():
-            state = origin.restore(program, text.loader)
+            origin, state = origin.restore(program, text.loader)
         with Loop(program, text, state, origin, workdir) as loop:
             print_run(program, text, loop.speed, workdir)
             loop.run_steps(signals, profile)

@@ -231,6 +231,7 @@ class Generation:
         self._samplings = samplings + [GREEDY] * padding
         self.prefill, self.decode = Work(), Work()
         self._cache: Cache | None = None
+        self._placed: tuple[list[bool], jax.Array] = ([], None)  # what `_active` gave
 
     def __iter__(self) -> Iterator[Piece]:
         engine, most = self._engine, self._most
@@ -267,7 +268,10 @@ class Generation:
     def _active(self) -> jax.Array:
         """[B], rows that still want ids."""
         active = [not row.finish for row in self.rows]
-        return self._model.place(np.array(active + [False] * (len(self._prompts) - len(active))))
+        if active != self._placed[0]:
+            padding = [False] * (len(self._prompts) - len(active))
+            self._placed = (active, self._model.place(np.array(active + padding)))
+        return self._placed[1]
 
     def _begin(self) -> State:
         """The prompts in the cache, all but their last ids."""

@@ -31,7 +31,8 @@ class Loop:
         self.program, self.run, self.text, self.state = program, run, text, state
         self.step = origin.step
         self.tokens = origin.note.get("tokens", 0)
-        self.saved_step = origin.step if origin.own else -1
+        self.saved_step = origin.step if origin.own else -1  # unless it fails yet: see `check`
+        self.retry_from: int | None = None  # after a save that failed
         self.saves = store.Store(
             workdir / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every
         )
@@ -62,7 +63,8 @@ class Loop:
                 if due(step, run.eval.every) and step < run.steps:
                     self.evaluate()
                 stop = self.asked_to_stop(signals)
-                if due(step, run.checkpoint.every) or stop or step == run.steps:
+                self.check_saves()
+                if due(step, run.checkpoint.every) or stop or step == run.steps or self.retry():
                     self.save(wait=bool(stop) or step == run.steps)
                 if stop:
                     self.stop(stop)
@@ -118,15 +120,46 @@ class Loop:
         """Save the state, `wait` for the disk; an error is told, and the exit code if it stays."""
         self.log()
         note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
+        error = None
         with self.speed.pause():
             try:
                 tokenizer = json.loads(self.text.tokenizer.to_json())
                 self.saves.save(self.step, self.state, note, tokenizer)
                 if wait:
                     self.saves.wait()
-                self.saved_step = self.step
-            except Exception as error:  # whatever the file system and its libraries raise
-                self.progress.print(f"step {self.step} is not saved: {error}")
+            except Exception as raised:  # whatever the file system and its libraries raise
+                error = raised
+            failed = meshes.agree(int(error is not None))
+        self.check_saves(always=True)  # of the save before
+        self.saved_step = self.step
+        self.retry_from = None
+        if failed:
+            self.unsaved(self.step, error)
+
+    def check_saves(self, *, always: bool = False) -> None:
+        """Tell of a save that failed while the run went on; processes agree at logged steps."""
+        if jax.process_count() > 1 and not (always or due(self.step, self.run.log.every)):
+            return
+        step = 0
+        while step >= 0:
+            step, error = self.saves.failed() or (-1, None)
+            step = meshes.agree(step)
+            if step >= 0:
+                self.unsaved(step, error)
+
+    def unsaved(self, step: int, error: Exception | None) -> None:
+        """Tell of it, and save again at a logged step a tenth of checkpoint.every later."""
+        if self.saved_step == step:
+            self.saved_step = -1
+        self.retry_from = step + max(self.run.checkpoint.every // 10, 1)
+        why = brief(error) if error else "another process could not write it"
+        more = "" if self.step == self.run.steps else "; training goes on and tries again"
+        self.progress.print(f"step {step} is not saved: {why}{more}")
+
+    def retry(self) -> bool:
+        """Whether to save for an earlier save that failed."""
+        waited = self.retry_from is not None and self.step >= self.retry_from
+        return waited and due(self.step, self.run.log.every)
 
     def asked_to_stop(self, signals: Signals) -> int:
         """The signal that one of the processes received, 0 if none; they ask at logged steps."""
@@ -155,3 +188,9 @@ class Loop:
 def due(step: int, every: int) -> bool:
     """Whether something done every so many steps, 0 for never, is due."""
     return every > 0 and step % every == 0
+
+
+def brief(error: Exception) -> str:
+    """The error in one line, without the places in the source that tensorstore lists."""
+    text = " ".join(str(error).partition(" [source locations")[0].split())
+    return text or repr(error)

@@ -1,21 +1,48 @@
 """Origin: where the state of a run comes from.
 
-The run's own last save, another run's, the weights of a published model, or nowhere.
+The run's own last save, another run's, the weights of a published model, or nowhere. A save that is
+damaged is never begun from: a run goes on from the newest good one.
 """
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from checkpoint import store
-from checkpoint.pretrained import Ours, Pretrained, open_pretrained
+from checkpoint.pretrained import Ours, Pretrained, is_ours, open_pretrained
 from configs import load
 from configs.run import Run, differences, from_json
 from data.loader import Loader
 from sharding import mesh as meshes
+from sharding import runtime
 from text import tokenizer as tokenizers
+
+
+def resolve(run: Run, workdir: Path, restore: str | None) -> tuple[Run, Pretrained | None]:
+    """The run, and the weights that it begins with if `restore` is not the checkpoint of a run:
+    a Hugging Face directory, a GGUF file, what tools.convert wrote. They bring model and tokenizer.
+
+    ValueError if `workdir` holds a run that this command does not go on with.
+    """
+    weights = _open(restore) if restore else None
+    if isinstance(weights, Ours) and weights.trained:
+        weights = None  # more than weights: the state of a run
+    if weights:
+        run = _of(run, weights)
+    if (workdir / "config.json").is_file():
+        differ = differences(load.load(str(workdir / "config.json")), run)
+        if differ:
+            raise ValueError(
+                f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
+                f"and --restore={workdir} to start from its state"
+            )
+    return run, weights
 
 
 @dataclass(frozen=True)
@@ -25,10 +52,13 @@ class Origin:
     At most one of `saved`, a whole state, and `weights`, which begin at step 0, is there.
     """
 
-    saved: store.Saved | None = None
+    saved: store.Saved | None = None  # verified
     weights: Pretrained | None = None
     note: dict = field(default_factory=dict)  # what `Loop.save` noted beside the arrays
-    own: bool = False  # the run's own last save
+    own: bool = False  # the run's own save
+    told: str = ""  # what the verification read
+    older: tuple[store.Saved, ...] = ()  # to fall back on, newest first
+    bad: tuple[tuple[store.Saved, str], ...] = ()  # that are newer, and what is wrong with them
 
     @property
     def step(self) -> int:
@@ -36,44 +66,33 @@ class Origin:
         return self.saved.step if self.saved else 0
 
     @classmethod
-    def find(cls, run: Run, workdir: Path, restore: str | None) -> tuple[Run, "Origin"]:
-        """The origin, and the run, which takes model and tokenizer from `restore` if that is not
-        the checkpoint of a run: a Hugging Face directory, a GGUF file, what tools.convert wrote.
+    def find(
+        cls, run: Run, workdir: Path, restore: str | None, weights: Pretrained | None
+    ) -> "Origin":
+        """The newest good save of the run in `workdir`, or else `weights`, or what `restore` names.
 
-        ValueError if `workdir` holds a run that this command does not go on with.
+        Each bad one that is passed over is told. ValueError if none is good, or the good one does
+        not fit the run.
         """
-        weights = open_pretrained(restore) if restore else None
-        if isinstance(weights, Ours) and weights.trained:
-            weights = None  # more than weights: the state of a run
-        if weights:
-            run = _of(run, weights)
-        if (workdir / "config.json").is_file():
-            differ = differences(load.load(str(workdir / "config.json")), run)
-            if differ:
-                raise ValueError(
-                    f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
-                    f"and --restore={workdir} to start from its state"
-                )
-        own = workdir / "checkpoints"
         try:
-            saved = store.Saved.open(own)
+            own, found = True, store.Saved.all(workdir / "checkpoints")
         except FileNotFoundError:
             if restore is None or weights:
-                return run, cls(weights=weights)
-            saved = store.locate(restore)
-        note = saved.json("run")
-        if saved.step >= run.steps:
+                return cls(weights=weights)
+            own, found = False, store.candidates(restore)
+        made = cls(own=own, older=tuple(found))._next()
+        if made.step >= run.steps:
             raise ValueError(
-                f"{saved.path} is at step {saved.step} of steps={run.steps}: nothing to do; "
-                f"to go on, --config.steps={2 * saved.step}, say"
+                f"{made.saved.path} is at step {made.step} of steps={run.steps}: nothing to do; "
+                f"to go on, --config.steps={2 * made.step}, say"
             )
-        before = note["run"]["data"]["tokenizer"]
+        before = made.note["run"]["data"]["tokenizer"]
         if before != run.data.tokenizer:
             raise ValueError(
-                f"data.tokenizer={run.data.tokenizer!r}, but the ids of {saved.path} are those "
-                f"of {before!r}"
+                f"data.tokenizer={run.data.tokenizer!r}, but the ids of {made.saved.path} are "
+                f"those of {before!r}"
             )
-        return run, cls(saved, note=note, own=saved.path == own.absolute())
+        return made
 
     def tokenizer(self) -> tokenizers.Tokenizer | None:
         """The one that the state was trained with."""
@@ -81,25 +100,118 @@ class Origin:
             return self.weights.tokenizer
         return self.saved and tokenizers.from_json(json.dumps(self.saved.json("tokenizer")))
 
-    def restore(self, program: Any, loader: Loader) -> Any:
-        """The state of a train.Program on the mesh in use; the loader goes on if its data is the
-        same."""
-        run = program.run
+    def restore(self, program: Any, loader: Loader) -> tuple["Origin", Any]:
+        """The state of a train.Program on the mesh in use, and where it comes from after all: an
+        older save, if the arrays are bad. The loader goes on if its data is the same.
+
+        Bad saves of the run itself are set aside, under names that the run does not use.
+        """
         if self.weights:
             if meshes.is_main():
                 print(f"weights    {self.weights.name}, with a fresh optimizer")
-            return program.begin(self.weights.params(program.state.params))
+            return self, program.begin(self.weights.params(program.state.params))
         if self.saved is None:
-            return program.fresh()
-        state = self.saved.restore(program.state)
+            return self, program.fresh()
+        try:
+            state = self.saved.restore(program.state)
+        except ValueError as error:
+            if not self.own:  # of another model, which the user can mend
+                raise
+            return self._without(str(error)).restore(program, loader)
+        broken = not_finite(state)
+        if broken:
+            del state
+            folder = self.saved.folder
+            return self._without(f"{folder}: {broken}").restore(program, loader)
         before = from_json(self.note["run"])
-        same = (before.data, before.seed) == (run.data, run.seed)
+        same = (before.data, before.seed) == (program.run.data, program.run.seed)
         if same:
             loader.restore(self.note["data"])
         if meshes.is_main():
+            for saved, _ in self.bad if self.own else ():
+                print(f"set aside  {saved.set_aside()}: nothing reads or deletes it")
             place = "the data goes on" if same else "the data begins anew: data or seed differ"
-            print(f"restored   step {self.step} of {self.saved.path.parent}; {place}")
-        return state
+            print(f"restored   step {self.step} of {self.saved.path.parent}; {place}; {self.told}")
+        meshes.agree(0)  # all go on when the folders have their names
+        return self, state
+
+    def _without(self, why: str) -> "Origin":
+        """The next older one that is good, this one being bad."""
+        self._tell(self.saved, why)
+        bad = (*self.bad, (self.saved, why))
+        return dataclasses.replace(self, saved=None, bad=bad)._next()
+
+    def _next(self) -> "Origin":
+        """The newest of `older` that is as it was saved."""
+        bad = list(self.bad)
+        for i, saved in enumerate(self.older):
+            why, note, start = "", {}, time.monotonic()
+            try:
+                size = saved.verify(jax.process_index(), jax.process_count())
+                note = saved.json("run")
+                if not isinstance(note, dict) or not {"run", "data"} <= note.keys():
+                    raise ValueError(f"{saved.folder} holds no run, but parameters alone")
+            except (ValueError, OSError) as error:
+                why = str(error)
+            if not meshes.agree(int(bool(why))):
+                took = time.monotonic() - start
+                told = f"verified {size * jax.process_count() / 1e6:,.0f} MB in {took:.1f} s"
+                older = self.older[i + 1 :]
+                return dataclasses.replace(
+                    self, saved=saved, note=note, told=told, older=older, bad=tuple(bad)
+                )
+            why = why or f"{saved.folder}: another process found it damaged, and tells how"
+            bad.append((saved, why))
+            if len(self.older) + len(self.bad) > 1:
+                self._tell(saved, why)
+        whys = "; ".join(why for _, why in bad)
+        path, asked = bad[0][0].path, bad[0][0].step
+        others = sorted(one.step for one in store.Saved.all(path) if one.step != asked)
+        if len(bad) == 1 and others:  # DIR@STEP was given
+            raise ValueError(f"{whys}; take another step: {', '.join(map(str, others))}")
+        raise ValueError(
+            f"{path} has no good step: {whys}. Nothing was deleted; to begin anew, take another "
+            f"--workdir and no --restore of this one"
+        )
+
+    def _tell(self, saved: store.Saved, why: str) -> None:
+        """One line of a bad save, by process 0 or by the one that knows more."""
+        if meshes.is_main() or "another process" not in why:
+            print(f"bad save   step {saved.step}: {' '.join(why.split())}", flush=True)
+
+
+def not_finite(state: Any) -> str:
+    """What is wrong with the numbers of a train.State, "" if nothing: a parameter that is not
+    finite, a moment that is no number."""
+
+    def count(tree: Any, good: Any) -> dict[str, jax.Array]:
+        floats = {
+            name: leaf
+            for name, leaf in store.flatten(tree).items()
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        }
+        return {name: jnp.sum(~good(leaf), dtype=jnp.int32) for name, leaf in floats.items()}
+
+    def counts(params: Any, opt_state: Any) -> tuple[dict, dict]:
+        return count(params, jnp.isfinite), count(opt_state, lambda leaf: ~jnp.isnan(leaf))
+
+    bad = jax.jit(counts, compiler_options=runtime.once())(state.params, state.opt_state)
+    for where, found in zip(("params", "opt_state"), jax.device_get(bad), strict=True):
+        for name, number in found.items():
+            if number:
+                return f"{where}.{name} has {number:,} values that are NaN or infinite"
+    return ""
+
+
+def _open(restore: str) -> Pretrained:
+    """The model that `restore` names: of our checkpoints the newest that can be opened."""
+    found = store.candidates(restore) if is_ours(restore) else []
+    for saved in found[:-1]:
+        try:
+            return open_pretrained(f"{saved.path}@{saved.step}")
+        except ValueError:
+            continue  # damaged: `find` tells
+    return open_pretrained(f"{found[-1].path}@{found[-1].step}" if found[1:] else restore)
 
 
 def _of(run: Run, weights: Pretrained) -> Run:

@@ -16,7 +16,7 @@ import pytest
 
 import train
 from checkpoint import convert as converter
-from checkpoint import safetensors
+from checkpoint import manifest, safetensors
 from checkpoint.convert import RECEIPT, convert
 from checkpoint.pretrained import open_pretrained
 from checkpoint.safetensors import Safetensors
@@ -237,6 +237,12 @@ def test_a_checkpoint_of_ours_is_not_believed(tmp_path, item, change, message):
     converted(tmp_path / "hf", tmp_path / "ours")
     path = tmp_path / "ours" / "checkpoints" / "0" / item / "metadata"
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    folder = path.parents[1]
+    note, words = (
+        json.loads((folder / name / "metadata").read_text()) for name in ("run", "tokenizer")
+    )
+    config = note.get("run", note) if isinstance(note, dict) else note
+    manifest.write(folder, 0, config, words)  # as its author can
     if message is None:
         converted(tmp_path / "ours", tmp_path / "back", to="hf")
     else:
