@@ -95,4 +95,4 @@ class SelfAttention(nnx.Module):
             attend = self.attend_fresh if "cache" in context.keep else self.attend
             o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
         # Heads are split over tensor: the sum over them crosses devices.
-        return self.out(o_BTKGH), (jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2))
+        return self.out(o_BTKGH), (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))

@@ -4,8 +4,9 @@ Shapes: L layers of a place in the pattern, B rows, S tokens at most, T tokens t
 K kv heads, H head size.
 """
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax import lax
 from model.config import ModelConfig
 from sharding.layout import Layout
 
-KeysValues = tuple[jax.Array, jax.Array]  # [B, K, S, H] each: a head's tokens lie together
+# [B, K, H, S] and [B, K, S, H]: each as the right side of a product of matrices wants to lie.
+KeysValues = tuple[jax.Array, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -29,28 +31,33 @@ class Cache:
     @property
     def size(self) -> int:
         """S: tokens that a row can hold."""
-        return (self.layers or self.rest)[0][0].shape[-2]
+        return (self.layers or self.rest)[0][0].shape[-1]
 
 
 def empty(cfg: ModelConfig, layout: Layout, rows: int, size: int) -> Cache:
     """A cache of `size` tokens for each of `rows` rows, in the compute dtype, on the mesh."""
     repeats, rest = divmod(cfg.layers, cfg.places)
-    shape = (rows, cfg.kv_heads, size, cfg.head_dim)
-    where = ("batch", "heads", None, None)
 
-    def zeros(shape: tuple[int, ...], where: tuple[str | None, ...]) -> tuple[jax.Array, ...]:
-        zero = jnp.zeros(shape, cfg.dtype, out_sharding=layout.spec(*where))
-        return zero, jnp.zeros_like(zero)
+    def zeros(*stacked: int) -> KeysValues:
+        where = layout.spec(*(None for _ in stacked), "batch", "heads", None, None)
+        zero = functools.partial(jnp.zeros, dtype=cfg.dtype, out_sharding=where)
+        heads = (*stacked, rows, cfg.kv_heads)
+        return zero((*heads, cfg.head_dim, size)), zero((*heads, size, cfg.head_dim))
 
     return Cache(
-        tuple(zeros((repeats, *shape), (None, *where)) for _ in range(cfg.places)),
-        tuple(zeros(shape, where) for _ in range(rest)),
+        tuple(zeros(repeats) for _ in range(cfg.places)),
+        tuple(zeros() for _ in range(rest)),
         jnp.zeros((rows,), jnp.int32, out_sharding=layout.spec("batch")),
     )
 
 
 def append(
-    cache: Cache, layers: Any, rest: Any, counts_B: jax.Array, *, fresh: bool = False
+    cache: Cache,
+    layers: Sequence[KeysValues],
+    rest: Sequence[KeysValues],
+    counts_B: jax.Array,
+    *,
+    fresh: bool = False,
 ) -> Cache:
     """The cache with T more tokens for each row, of which the first `counts_B` are its own.
 
@@ -59,21 +66,27 @@ def append(
     `fresh` promises that the cache is empty.
     """
 
-    def row(held_KSH: jax.Array, more_KTH: jax.Array, at: jax.Array) -> jax.Array:
+    def row(dim: int, held: jax.Array, more: jax.Array, at: jax.Array) -> jax.Array:
+        """One row of a layer; its tokens lie along `dim`."""
         if fresh:
-            return lax.dynamic_update_slice(held_KSH, more_KTH[:, : held_KSH.shape[1]], (0, 0, 0))
-        where_T = at + jnp.arange(more_KTH.shape[1])
-        return held_KSH.at[:, where_T].set(more_KTH, mode="drop", unique_indices=True)
+            most = min(cache.size, more.shape[dim])
+            first = lax.slice_in_dim(more, 0, most, axis=dim)
+            return lax.dynamic_update_slice(held, first, (0, 0, 0))
+        where = (slice(None),) * dim + (at + jnp.arange(more.shape[dim]),)
+        return held.at[where].set(more, mode="drop", unique_indices=True)
 
-    def all_layers(held: jax.Array, more: jax.Array) -> jax.Array:
-        rows = jax.vmap(row)
+    def write(dim: int, held: jax.Array, more: jax.Array) -> jax.Array:
+        rows = jax.vmap(functools.partial(row, dim))
         local = jax.vmap(rows, in_axes=(0, 0, None)) if held.ndim == 5 else rows
         # Each device writes its own rows and heads.
         spec = jax.typeof(held).sharding.spec
         return jax.shard_map(local, out_specs=spec)(held, more, cache.lengths)
 
-    return Cache(
-        jax.tree.map(all_layers, cache.layers, layers),
-        jax.tree.map(all_layers, cache.rest, rest),
-        cache.lengths + counts_B,
-    )
+    def part(held: Sequence[KeysValues], more: Sequence[KeysValues]) -> tuple[KeysValues, ...]:
+        return tuple(
+            (write(2, *keys), write(1, *values))
+            for keys, values in (zip(*both, strict=True) for both in zip(held, more, strict=True))
+        )
+
+    lengths_B = cache.lengths + counts_B
+    return Cache(part(cache.layers, layers), part(cache.rest, rest), lengths_B)

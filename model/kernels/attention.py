@@ -76,13 +76,13 @@ def blocked(
     """
     tokens = q_BTKGH.shape[1]
     block = max(LEAST_BLOCK, -(-tokens // 4))
-    k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
+    k_BKHT, v_BKTH = jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2)
     seen_BTT = visible(segments_BT, window)
     parts = []
     for start in range(0, tokens, block):
         end = min(start + block, tokens)
         first = max(0, start + 1 - window) if window else 0
-        z_BKGTS = products(q_BTKGH[:, start:end], k_BKTH[:, :, first:end])
+        z_BKGTS = products(q_BTKGH[:, start:end], k_BKHT[..., first:end])
         z_BKGTS = masked(z_BKGTS, seen_BTT[:, start:end, first:end], scale, softcap)
         e_BKGTS = jnp.exp(z_BKGTS - jnp.max(z_BKGTS, axis=-1, keepdims=True))
         o_BKGTH = weighted(e_BKGTS, v_BKTH[:, :, first:end])
@@ -94,7 +94,7 @@ def cached(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    held_k_BKSH: jax.Array,
+    held_k_BKHS: jax.Array,
     held_v_BKSH: jax.Array,
     held_B: jax.Array,
     *,
@@ -107,15 +107,15 @@ def cached(
     As `plain` over the whole text. The cache is only read: it and the T tokens are two parts of
     one softmax, and nobody copies one to the other.
     """
-    tokens, held = q_BTKGH.shape[1], held_k_BKSH.shape[2]
+    tokens, held = q_BTKGH.shape[1], held_k_BKHS.shape[3]
     t_T, s_S = jnp.arange(tokens), jnp.arange(held)
     back_BTS = held_B[:, None, None] + t_T[None, :, None] - s_S[None, None]
     seen_BTS = (s_S[None, None] < held_B[:, None, None]) & (back_BTS < (window or held + tokens))
     back_TT = t_T[:, None] - t_T[None]
     own_BTT = ((back_TT >= 0) & (back_TT < (window or tokens)))[None]
-    k_BKTH, v_BKTH = jnp.moveaxis(k_BTKH, 1, 2), jnp.moveaxis(v_BTKH, 1, 2)
-    before_BKGTS = masked(products(q_BTKGH, held_k_BKSH), seen_BTS, scale, softcap)
-    own_BKGTT = masked(products(q_BTKGH, k_BKTH), own_BTT, scale, softcap)
+    k_BKHT, v_BKTH = jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2)
+    before_BKGTS = masked(products(q_BTKGH, held_k_BKHS), seen_BTS, scale, softcap)
+    own_BKGTT = masked(products(q_BTKGH, k_BKHT), own_BTT, scale, softcap)
     top_BKGT = jnp.maximum(
         jnp.max(before_BKGTS, axis=-1, keepdims=True), jnp.max(own_BKGTT, axis=-1, keepdims=True)
     )
@@ -125,15 +125,16 @@ def cached(
     return jnp.moveaxis(o_BKGTH / total_BKGT[..., None], 3, 1).astype(v_BTKH.dtype)
 
 
-def products(q_BTKGH: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+def products(q_BTKGH: jax.Array, k_BKHS: jax.Array) -> jax.Array:
     """Queries times keys, [B, K, G, T, S] float32.
 
-    With all queries of a kv head in one matrix (R), so that XLA makes no transposed copy of the
-    keys on CPU, which takes longer than the product.
+    With all queries of a kv head in one matrix (R), and both matrices as a product of rows and
+    columns wants them: so that on CPU XLA neither turns the keys, which takes longer than the
+    product, nor sums along a vector register.
     """
     rows, tokens, heads, groups, size = q_BTKGH.shape
     q_BKRH = jnp.moveaxis(q_BTKGH, 1, 3).reshape(rows, heads, -1, size)
-    z_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    z_BKRS = jnp.einsum("BKRH,BKHS->BKRS", q_BKRH, k_BKHS, preferred_element_type=jnp.float32)
     return z_BKRS.reshape(rows, heads, groups, tokens, -1)
 
 
