@@ -134,7 +134,7 @@ class Program:
     @property
     def rows(self) -> NamedSharding:
         """Where the rows of a batch live."""
-        return NamedSharding(jax.sharding.get_mesh(), self.run.layout.spec("batch", None))
+        return NamedSharding(jax.sharding.get_mesh(), self.run.layout.spec("batch", "sequence"))
 
     def batch(self) -> Batch:
         """The shapes of a batch."""

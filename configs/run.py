@@ -9,7 +9,7 @@ from configs import fields
 from data.config import DataConfig
 from model.config import ModelConfig, at_least
 from optim.config import OptimConfig
-from sharding.layout import Layout
+from sharding.layout import BUILT, Layout
 from sharding.mesh import MeshConfig
 
 MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "sample")
@@ -104,6 +104,9 @@ def check_split(run: Run, devices: int) -> None:
         sizes = run.mesh.sizes(devices)
     except ValueError as error:
         raise ValueError(f"mesh: {error}") from error
+    for axis, size in sizes.items():
+        if size > 1 and axis not in BUILT:
+            raise ValueError(f"mesh: {axis}={size} is not built; {', '.join(BUILT)} are")
     batch, accumulate = run.data.batch, run.optim.accumulate
     _divides("data: batch", batch, {**_ways(run, "batch", sizes), "accumulate": accumulate})
     for name in ("embed", "kv_heads", "mlp", "vocab"):

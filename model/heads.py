@@ -33,7 +33,7 @@ class LanguageHead(nnx.Module):
         )
         self.table = None if own is None else nnx.Param(own, role=Role("head"))
         self.head = cfg.arch.head
-        self.out = layout.spec("batch", None, "vocab")
+        self.out = layout.spec("batch", "sequence", "vocab")
 
     def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         """[B, T, V] float32: for generation, and as the oracle of `loss`."""
@@ -153,7 +153,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradien
         local_loss,
         head=head,
         gradients=gradients,
-        rows=axes_of(x_spec[0]),
+        rows=axes_of(x_spec[0]) + axes_of(x_spec[1]),
         vocab=axes_of(table_spec[0]),
         embed=axes_of(table_spec[1]),
     )

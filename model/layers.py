@@ -72,7 +72,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(draw, role=role)
         # D of the weight may be split over fsdp; D of the residual stream and of a bias is whole.
         features = [None if letter == "D" else axes.get(letter) for letter in y_dims[2:]]
-        self.out = layout.spec("batch", None, *features)
+        self.out = layout.spec("batch", "sequence", *features)
         zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=layout.spec(*features))
         self.bias = nnx.Param(zeros) if bias else None
         self.spec = spec
@@ -146,8 +146,8 @@ class Embedding(nnx.Module):
         where = layout.spec(rows, "embed")
         draw = normal(rngs, (size, embed), where, std, dtype)
         self.table = nnx.Param(draw, role=Role("embedding"))
-        self.ids = layout.spec("batch", None)
-        self.out = layout.spec("batch", None, None)
+        self.ids = layout.spec("batch", "sequence")
+        self.out = layout.spec("batch", "sequence", None)
 
     def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
         """[B, T, D] in `dtype`.

@@ -61,7 +61,7 @@ class MoeMlp(nnx.Module):
         where = jax.typeof(x_BTD).sharding.spec
         body = functools.partial(
             self.local,
-            rows=axes_of(where[0]),
+            rows=axes_of(where[0]) + axes_of(where[1]),
             embed=axes_of(specs[1][3]),
             hidden=axes_of(specs[1][2]),
         )

@@ -8,14 +8,19 @@ from dataclasses import dataclass
 import jax
 
 MeshAxis = str | tuple[str, ...] | None
-AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest: devices along the last axis are neighbours.
+AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
+BUILT = ("data", "fsdp", "tensor")
 
 
 @dataclass(frozen=True)
 class Layout:
     """Which mesh axes split each logical axis; None keeps it whole on every device."""
 
-    batch: MeshAxis = ("data", "fsdp")  # rows of a batch
+    batch: MeshAxis = ("dcn", "data", "fsdp", "expert")  # rows of a batch
+    sequence: MeshAxis = "context"  # tokens of a row
+    layers: MeshAxis = "stage"
+    experts: MeshAxis = "expert"
     embed: MeshAxis = "fsdp"  # of parameters; gathered layer by layer
     heads: MeshAxis = "tensor"  # kv heads, and the query heads that go with each
     mlp: MeshAxis = "tensor"
@@ -44,5 +49,16 @@ class Layout:
                 )
 
     def spec(self, *names: str | None) -> jax.P:
-        """The partition of an array whose dims are these logical axes; None is an unsplit dim."""
-        return jax.P(*(name and getattr(self, name) for name in names))
+        """The partition of an array whose dims are these logical axes; None is an unsplit dim.
+
+        Where a mesh is set, axes of one device are left out: what is not split looks unsplit.
+        """
+        sizes = jax.sharding.get_abstract_mesh().shape
+
+        def dim(name: str | None) -> MeshAxis:
+            axes = getattr(self, name) if name else ()
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            axes = tuple(axis for axis in axes if sizes.get(axis) != 1)
+            return axes[0] if len(axes) == 1 else axes or None
+
+        return jax.P(*map(dim, names))

@@ -13,8 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 class MeshConfig:
     """How many devices along each mesh axis; -1, at most once, means all that are left."""
 
+    dcn: int = 1  # slices or groups of hosts, joined by the slow network, each with its own rows
     data: int = -1  # copies of the model, each with its own rows
+    stage: int = 1  # layers split; micro-batches go from stage to stage
     fsdp: int = 1  # rows and weights split
+    expert: int = 1  # rows and experts split
+    context: int = 1  # the tokens of a row split
     tensor: int = 1  # heads, hidden units and vocabulary split
 
     def __post_init__(self):
@@ -78,7 +82,7 @@ def place(arrays: dict[str, np.ndarray], where: NamedSharding, rows: int) -> dic
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[0].indices(rows)
             first = own.index(start)
-            return local[first : first + stop - start]
+            return local[first : first + stop - start, *index[1:]]
 
         with jax.transfer_guard_host_to_device("allow"):  # the one transfer that a step wants
             return jax.make_array_from_callback((rows, *local.shape[1:]), where, part)

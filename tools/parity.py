@@ -36,7 +36,7 @@ from costs.memory import human, state_bytes
 from model.config import HEADS, ModelConfig
 from model.families import FAMILIES
 from sharding import mesh as meshes
-from sharding.layout import AXES
+from sharding.layout import AXES, BUILT
 from sharding.mesh import MeshConfig
 from training import moments, shrunk
 
@@ -103,7 +103,7 @@ class Row:
 
 def refer(run: Run, devices: list[jax.Device], options: dict | None) -> Reference:
     """The run on the first of `devices`, its parameters drawn anew."""
-    one = MeshConfig(**dict.fromkeys(AXES, 1))
+    one = mesh_of({})
     with jax.set_mesh(meshes.make(one, devices[:1])):
         program = train.build(dataclasses.replace(run, mesh=one))
         roles = train.transformer.abstract(run.model, run.layout)[2]
@@ -155,7 +155,7 @@ def ahead(run: Run, mesh: MeshConfig, target: str) -> dict[str, tuple[int, int]]
 # ---- what was asked ------------------------------------------------------------------------------
 
 
-def factorisations(devices: int, axes: int = len(AXES)) -> Iterator[tuple[int, ...]]:
+def factorisations(devices: int, axes: int = len(BUILT)) -> Iterator[tuple[int, ...]]:
     """Every way to write `devices` as a product of sizes of the axes, in order."""
     if axes == 1:
         yield (devices,)
@@ -165,20 +165,25 @@ def factorisations(devices: int, axes: int = len(AXES)) -> Iterator[tuple[int, .
             yield from ((size, *rest) for rest in factorisations(devices // size, axes - 1))
 
 
+def mesh_of(sizes: dict[str, int]) -> MeshConfig:
+    """The mesh of these sizes, 1 along the other axes."""
+    return MeshConfig(**{**dict.fromkeys(AXES, 1), **sizes})
+
+
 def meshes_of(text: str, devices: int) -> list[MeshConfig]:
     """The meshes that --meshes names. ValueError for one that `devices` do not make."""
     if text == "all":
-        return [MeshConfig(**dict(zip(AXES, s, strict=True))) for s in factorisations(devices)]
+        return [mesh_of(dict(zip(BUILT, s, strict=True))) for s in factorisations(devices)]
     found = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
-        sizes = dict.fromkeys(AXES, 1)
+        sizes: dict[str, int] = {}
         for item in part.split(","):
             axis, _, size = (word.strip() for word in item.partition("="))
-            if axis not in sizes or not size.isdigit():
-                example = ",".join(f"{axis}=2" for axis in AXES)
+            if axis not in AXES or not size.isdigit():
+                example = ",".join(f"{axis}=2" for axis in BUILT)
                 raise ValueError(f"--meshes: {item!r} is no AXIS=SIZE, such as {example}")
             sizes[axis] = int(size)
-        mesh = MeshConfig(**sizes)
+        mesh = mesh_of(sizes)
         try:
             mesh.sizes(devices)
         except ValueError as error:
@@ -192,9 +197,9 @@ def meshes_of(text: str, devices: int) -> list[MeshConfig]:
 def combinations() -> str:
     """A table of every set of axes, each of 2 devices: whether a run can be split over it."""
     rows = []
-    for size in range(1, len(AXES) + 1):
-        for axes in itertools.combinations(AXES, size):
-            mesh = MeshConfig(**{axis: 2 if axis in axes else 1 for axis in AXES})
+    for size in range(1, len(BUILT) + 1):
+        for axes in itertools.combinations(BUILT, size):
+            mesh = mesh_of(dict.fromkeys(axes, 2))
             run = dataclasses.replace(shrunk.shrunk_run(Run(), 2**size, 1), mesh=mesh)
             try:
                 check_split(run, 2**size)

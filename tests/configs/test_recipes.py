@@ -10,7 +10,7 @@ from configs.load import load
 from configs.run import check
 from costs import flops
 from sharding import mesh as meshes
-from sharding.mesh import MeshConfig
+from tests.meshes import hybrid
 
 PUBLISHED = {"1B": 1_498_482_688, "8B": 8_030_261_248}  # Llama-3.2-1B with its own head; Llama-3-8B
 
@@ -31,7 +31,7 @@ def test_the_step_of_every_llama_recipe_traces_and_lowers_on_eight_devices(size)
 
 def test_the_quickstart_can_be_split_by_four_along_every_axis():
     run = load("configs/quickstart.py")
-    for mesh in (MeshConfig(4, 1, 1), MeshConfig(1, 4, 1), MeshConfig(1, 1, 4)):
+    for mesh in (hybrid(4, 1, 1), hybrid(1, 4, 1), hybrid(1, 1, 4)):
         check(dataclasses.replace(run, mesh=mesh), devices=4)
     assert run.model.layers % 4 == 0
 

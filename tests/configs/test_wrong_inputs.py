@@ -80,7 +80,10 @@ ROWS = [
     ("--config.data.batch=-8", "data: batch=-8 must be at least 1"),
     ("--config.mesh.tensor=0", "mesh: tensor=0 must be at least 1, or -1"),
     ("--config.mesh.tensor=-1", "mesh: only one mesh axis can be -1"),
-    ("--config.layout.mlp=tensr", "layout: mlp='tensr' is no mesh axis: data, fsdp, tensor"),
+    (
+        "--config.layout.mlp=tensr",
+        "layout: mlp='tensr' is no mesh axis: dcn, data, ",
+    ),
     ("--config.layout.mlp=fsdp", "layout: batch and mlp of one array cannot both be on fsdp"),
     ("--config.layout.batch=data,data", "layout: batch=data,data names data twice"),
     # What only shows once the number of devices is known; the test's main has 6 of them.

@@ -10,8 +10,8 @@ from inference import engine as engines
 from inference.engine import Result, passes
 from inference.sampling import Sampling
 from model.config import Arch, Attention, Embeddings, Head, Rope
-from sharding.mesh import MeshConfig
 from tests.inference.tiny import CFG, chain, engine_of, full_logits, spelled
+from tests.meshes import hybrid
 from tests.model.test_decoder import MODELS, config
 
 CAUSAL = [name for name in MODELS if config(name).arch.head.kind == "language"]
@@ -75,7 +75,7 @@ def test_rows_with_settings_of_their_own_share_a_batch(engine):
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2)])
 def test_a_mesh_generates_what_one_device_generates(engine, sizes):
-    split = engine_of(mesh=MeshConfig(*sizes), apart=True)
+    split = engine_of(mesh=hybrid(*sizes), apart=True)
     for prompts in (PROMPTS, PROMPTS[:1]):
         for sampling in (Sampling(), Sampling(1.0, seed=2)):
             assert new_ids(split, prompts, sampling) == new_ids(engine, prompts, sampling)

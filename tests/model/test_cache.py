@@ -12,6 +12,7 @@ from model import cache as caches
 from model import transformer
 from sharding import mesh as meshes
 from sharding.layout import Layout
+from tests.meshes import hybrid
 from tests.model.test_decoder import MODELS, config
 from tests.model.tiny import WHOLE, decoder, random_params
 from tests.tolerance import assert_same
@@ -95,5 +96,5 @@ def test_a_mesh_decodes_what_one_device_decodes(one_device, sizes):
             return np.concatenate(out, axis=1)
 
     alone = decode(meshes.make(meshes.MeshConfig(), jax.devices()[:1]), Layout())
-    mesh = meshes.make(meshes.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    mesh = meshes.make(hybrid(*sizes), jax.devices()[: int(np.prod(sizes))])
     assert_same(decode(mesh, Layout()), alone)

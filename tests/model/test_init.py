@@ -12,6 +12,7 @@ from model import transformer
 from model.config import Arch, Attention, Head, Init, ModelConfig, Norm
 from sharding import mesh as meshes
 from sharding.layout import Layout
+from tests.meshes import hybrid
 from tests.model.tiny import WHOLE
 
 CFG = ModelConfig(
@@ -83,7 +84,7 @@ SPLIT = ModelConfig(
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_a_mesh_makes_the_same_values_each_device_only_its_part(one_device, sizes):
     alone = jax.device_get(init(SPLIT))
-    mesh = meshes.make(meshes.MeshConfig(*sizes))
+    mesh = meshes.make(hybrid(*sizes))
     with jax.set_mesh(mesh):
         fresh = jax.jit(lambda: transformer.init(SPLIT, Layout(), jax.random.key(0)))
         compiled = fresh.lower().compile()

@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 import train
 from sharding import mesh as meshes
+from tests.meshes import hybrid
 from tests.sharding.tiny import MODEL, check_reduce_scatters, run_of
 
 pytestmark = [
@@ -34,6 +35,6 @@ def tpus():
 
 def test_eight_tpus_reduce_scatter_each_weights_gradient(tpus):
     sizes = (2, 2, 2)
-    with jax.set_mesh(meshes.make(meshes.MeshConfig(*sizes), list(tpus))):
+    with jax.set_mesh(meshes.make(hybrid(*sizes), list(tpus))):
         program = train.build(run_of(sizes, model=LARGER))
         check_reduce_scatters(program, program.compile().as_text())

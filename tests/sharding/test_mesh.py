@@ -6,8 +6,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 
 from sharding import mesh as meshes
-from sharding.layout import Layout
+from sharding.layout import AXES, Layout
 from sharding.mesh import MeshConfig
+from tests.meshes import hybrid
 
 
 @pytest.mark.parametrize(
@@ -23,17 +24,19 @@ from sharding.mesh import MeshConfig
     ],
 )
 def test_minus_one_takes_the_devices_that_are_left(config, devices, sizes):
-    assert tuple(config.sizes(devices).values()) == sizes
-    assert list(config.sizes(devices)) == ["data", "fsdp", "tensor"]
+    found = config.sizes(devices)
+    assert tuple(found) == AXES
+    assert tuple(found[axis] for axis in ("data", "fsdp", "tensor")) == sizes
+    assert np.prod(list(found.values())) == devices
 
 
 @pytest.mark.parametrize(
     ("config", "devices", "message"),
     [
         (MeshConfig(fsdp=4), 6, "6 devices do not divide into fsdp=4: that takes a multiple of 4"),
-        (MeshConfig(2, 2, 2), 16, "16 devices .* data=2, fsdp=2, tensor=2: that takes 8, or a -1"),
+        (hybrid(2, 2, 2), 16, "16 devices .* data=2, fsdp=2, tensor=2: that takes 8, or a -1"),
         (MeshConfig(data=4, fsdp=1), 6, "6 devices do not divide into data=4: that takes 4"),
-        (MeshConfig(1, 1, 1), 2, "2 devices do not divide into 1: that takes 1, or a -1"),
+        (hybrid(1, 1, 1), 2, "2 devices do not divide into 1: that takes 1, or a -1"),
         (MeshConfig(tensor=16), 8, "8 devices .* tensor=16: that takes a multiple of 16"),
     ],
 )
@@ -48,7 +51,7 @@ def test_devices_that_do_not_divide_are_refused(config, devices, message):
         (lambda: MeshConfig(data=0), "data=0 must be at least 1, or -1"),
         (lambda: MeshConfig(tensor=-2), "tensor=-2 must be at least 1, or -1"),
         (lambda: MeshConfig(fsdp=-1), "only one mesh axis can be -1"),
-        (lambda: Layout(embed="model"), "embed='model' is no mesh axis: data, fsdp, tensor"),
+        (lambda: Layout(embed="model"), "embed='model' is no mesh axis: dcn, data, .*, tensor"),
         (lambda: Layout(batch=("data", "data")), "batch=data,data names data twice"),
         (lambda: Layout(heads="fsdp"), "batch and heads of one array cannot both be on fsdp"),
         (lambda: Layout(vocab=("tensor", "data")), "batch and vocab .* both be on data"),
@@ -70,18 +73,21 @@ def test_a_process_that_is_alone_agrees_with_itself():
 
 def test_a_mesh_has_explicit_axes_and_every_device_once():
     mesh = meshes.make(MeshConfig(fsdp=2, tensor=2))
-    assert mesh.axis_types == (AxisType.Explicit,) * 3
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Explicit,) * len(AXES)
+    assert dict(mesh.shape) == {**dict.fromkeys(AXES, 1), "data": 2, "fsdp": 2, "tensor": 2}
     assert {device.id for device in mesh.devices.flat} == {device.id for device in jax.devices()}
 
 
 def test_a_layout_names_the_mesh_axes_of_each_dim():
     layout = Layout()
-    assert tuple(layout.spec("batch", None, "vocab")) == (("data", "fsdp"), None, "tensor")
+    rows = ("dcn", "data", "fsdp", "expert")
+    assert tuple(layout.spec("batch", "sequence", "vocab")) == (rows, "context", "tensor")
     assert tuple(layout.spec("embed", "heads", None)) == ("fsdp", "tensor", None)
     assert tuple(Layout(mlp=None).spec("mlp", "embed")) == (None, "fsdp")
     assert tuple(layout.spec()) == ()
     assert hash(layout) == hash(Layout())
+    with jax.set_mesh(meshes.make(hybrid(1, 4, 2))):
+        assert tuple(layout.spec("batch", "sequence", "vocab")) == ("fsdp", None, "tensor")
 
 
 MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
@@ -89,7 +95,7 @@ MESHES = [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_rows_lie_in_order_each_on_its_devices(sizes):
-    mesh = meshes.make(MeshConfig(*sizes))
+    mesh = meshes.make(hybrid(*sizes))
     where = NamedSharding(mesh, Layout().spec("batch", None))
     rows = {"a": np.arange(48).reshape(16, 3), "b": np.arange(16 * 5).reshape(16, 5)}
     placed = meshes.place(rows, where, 16)
@@ -102,7 +108,7 @@ def test_rows_lie_in_order_each_on_its_devices(sizes):
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_one_process_owns_all_rows(sizes):
-    mesh = meshes.make(MeshConfig(*sizes))
+    mesh = meshes.make(hybrid(*sizes))
     assert meshes.own_rows(NamedSharding(mesh, Layout().spec("batch")), 16) == list(range(16))
 
 

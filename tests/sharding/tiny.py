@@ -14,6 +14,7 @@ from model.config import Arch, Attention, Head, ModelConfig, Norm
 from optim.config import OptimConfig
 from sharding import mesh as meshes
 from sharding.layout import Layout
+from tests.meshes import hybrid
 
 # Every weight divides by 8 along every axis; biases and norms that split, and that do not.
 MODEL = ModelConfig(
@@ -41,13 +42,13 @@ def run_of(sizes, layout=None, optimizer="adamw", model=MODEL):
         model=model,
         data=DataConfig(batch=ROWS, seq=TOKENS),
         optim=OptimConfig(name=optimizer, lr=1e-2, warmup=2),
-        mesh=meshes.MeshConfig(*sizes),
+        mesh=hybrid(*sizes),
         layout=layout or Layout(),
     )
 
 
 def mesh_of(sizes):
-    return meshes.make(meshes.MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    return meshes.make(hybrid(*sizes), jax.devices()[: int(np.prod(sizes))])
 
 
 def batches():
@@ -74,7 +75,8 @@ def init(run):
 
 def losses(run, start):
     """The losses of STEPS steps on random tokens from the state `start`, and the last state."""
-    with jax.set_mesh(mesh_of(tuple(vars(run.mesh).values()))):
+    count = int(np.prod(list(vars(run.mesh).values())))
+    with jax.set_mesh(meshes.make(run.mesh, jax.devices()[:count])):
         program = train.build(run)
         where = jax.tree.map(lambda leaf: leaf.sharding, program.state)
         state = jax.device_put(start, where)

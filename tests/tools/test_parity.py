@@ -21,7 +21,7 @@ from sharding.mesh import MeshConfig
 from tools import parity as tool
 from training import moments, shrunk
 
-HYBRID = ",".join(f"{axis}=2" for axis in AXES[:3])
+HYBRID = "data=2,fsdp=2,tensor=2"
 
 
 def run(*args):
