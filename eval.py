@@ -39,7 +39,7 @@ from monitor.events import Events
 from monitor.signals import Signals
 from sharding import mesh as meshes
 from sharding import runtime
-from sharding.layout import Layout
+from sharding.layout import SERVING, Layout
 from sharding.mesh import MeshConfig
 
 POLL_S = 0.5  # between looks for a new checkpoint
@@ -64,7 +64,8 @@ flags.DEFINE_string(
     "dtype", None, f"Of the computation: {', '.join(DTYPES)}; default as stored, float32 on CPU",
     flag_values=FLAGS,
 )  # fmt: skip
-for axis, size in vars(MeshConfig()).items():
+for axis in SERVING:
+    size = getattr(MeshConfig(), axis)
     flags.DEFINE_integer(f"mesh.{axis}", size, "Devices along this axis", flag_values=FLAGS)
 HELP = {
     "limit": "The first documents, questions or prompts of each task only; 0: all",
@@ -144,7 +145,7 @@ class Subject:
             },
             "tokenizer": {"digest": words.digest, "size": words.size},
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "mesh": dict(model.mesh.shape),
+            "mesh": {axis: n for axis, n in model.mesh.shape.items() if n > 1},
             "batch": self.scorer.batch,
         }
 
@@ -211,7 +212,7 @@ def once(tasks: Sequence[Task], console: Console, signals: Signals) -> None:
 def mesh_config() -> MeshConfig:
     """What the flags say of the mesh."""
     try:
-        return MeshConfig(**{axis: FLAGS[f"mesh.{axis}"].value for axis in vars(MeshConfig())})
+        return MeshConfig(**{axis: FLAGS[f"mesh.{axis}"].value for axis in SERVING})
     except ValueError as error:
         raise ValueError(f"mesh: {error}") from None
 

@@ -24,7 +24,7 @@ from model import transformer
 from model.config import DTYPES, ModelConfig
 from sharding import mesh as meshes
 from sharding import runtime
-from sharding.layout import Layout
+from sharding.layout import SERVING, Layout
 from sharding.mesh import MeshConfig
 from text import cache, chat
 
@@ -67,7 +67,7 @@ flags.DEFINE_string(
     "dtype", None, f"Of the computation: {', '.join(DTYPES)}; default float32 on CPU, else "
     "bfloat16", flag_values=FLAGS,
 )  # fmt: skip
-for axis in vars(MeshConfig()):
+for axis in SERVING:
     flags.DEFINE_integer(f"mesh.{axis}", 1, "Devices along this axis", flag_values=FLAGS)
 
 
@@ -123,7 +123,7 @@ def read_prompts(path: str) -> list[str]:
 def mesh_of(cfg: ModelConfig) -> jax.sharding.Mesh:
     """The devices that the flags ask for. ValueError if the model does not divide over them."""
     try:
-        config = MeshConfig(**{axis: FLAGS[f"mesh.{axis}"].value for axis in vars(MeshConfig())})
+        config = MeshConfig(**{axis: FLAGS[f"mesh.{axis}"].value for axis in SERVING})
         asked = math.prod(vars(config).values())
         count = asked if asked > 0 else jax.device_count()
         if count > jax.device_count():

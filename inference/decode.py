@@ -50,7 +50,8 @@ class Model:
 
     def place(self, array: Any) -> jax.Array:
         """A [B, ...] array of the host with its rows where the model wants them."""
-        spec = self.layout.spec("batch", *[None] * (array.ndim - 1))
+        with jax.set_mesh(self.mesh):
+            spec = self.layout.spec("batch", *[None] * (array.ndim - 1))
         return jax.device_put(array, jax.NamedSharding(self.mesh, spec))
 
     def fill(self, size: int, params: Any, ids_BT: jax.Array, counts_B: jax.Array) -> Cache:

@@ -26,6 +26,7 @@ from text.stream import Stream
 from text.tokenizer import Tokenizer
 
 SHORTEST, LONGEST = 16, 1024  # tokens that one pass of a prompt takes: powers of two from and to
+LONG = 256
 PAGE = 128  # tokens; the size of a cache is a multiple
 GREEDY = Sampling()
 
@@ -34,11 +35,17 @@ def passes(tokens: int) -> list[int]:
     """The lengths of the passes that a prompt of so many tokens goes through, its last one padded.
 
     A power of two each, so that a program serves many prompts, and at most LONGEST, which bounds
-    the memory of attention.
+    the memory of attention. Where a quarter of a LONG pass would be padding, it is two passes.
     """
     whole, rest = divmod(tokens, LONGEST)
-    last = max(SHORTEST, power_of_two(rest)) if rest or not whole else 0
-    return [LONGEST] * whole + ([last] if last else [])
+    full = [LONGEST] * whole
+    if not rest and whole:
+        return full
+    last = max(SHORTEST, power_of_two(rest))
+    half = last // 2
+    if last > LONG and half + power_of_two(rest - half) <= 3 * last // 4:
+        return [*full, half, max(SHORTEST, power_of_two(rest - half))]
+    return [*full, last]
 
 
 class Piece(NamedTuple):

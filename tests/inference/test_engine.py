@@ -132,7 +132,8 @@ def test_prompts_of_a_bucket_compile_two_programs_and_growing_texts_none():
 
 @pytest.mark.parametrize(
     ("tokens", "lengths"),
-    [(0, [16]), (1, [16]), (16, [16]), (17, [32]), (513, [1024]), (1024, [1024]),
+    [(0, [16]), (1, [16]), (16, [16]), (17, [32]), (256, [256]), (257, [256, 16]),
+     (384, [256, 128]), (385, [512]), (513, [512, 16]), (769, [1024]), (1024, [1024]),
      (1025, [1024, 16]), (2560, [1024, 1024, 512])],
 )  # fmt: skip
 def test_a_prompt_goes_through_passes_of_few_lengths(tokens, lengths):
