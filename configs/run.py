@@ -113,7 +113,20 @@ def check_split(run: Run, devices: int) -> None:
         axis = "heads" if name == "kv_heads" else name
         fix = f", or --config.layout.{axis}=none"
         _divides(f"model: {name}", getattr(run.model, name), _ways(run, axis, sizes), fix)
-    _divides("model: arch.moe.mlp", run.model.arch.moe.mlp, _ways(run, "mlp", sizes))
+    moe, ways = run.model.arch.moe, _ways(run, "experts", sizes)
+    _divides("model: arch.moe.mlp", moe.mlp, _ways(run, "mlp", sizes))
+    _divides("model: arch.moe.experts", moe.experts, ways)
+    if sizes["expert"] > 1 and not moe.experts:
+        raise ValueError(
+            f"mesh: expert={sizes['expert']} splits experts, and the model has none; "
+            f"data={sizes['expert']} or fsdp={sizes['expert']} split the rows of any model"
+        )
+    for axis in ways:
+        if sizes[axis] > 1 and axis not in _ways(run, "batch", sizes):
+            raise ValueError(
+                f"layout: experts on {axis} needs batch on {axis} too: each device sends the "
+                f"tokens of its own rows"
+            )
 
 
 def _trainable(run: Run) -> None:

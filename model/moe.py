@@ -1,10 +1,12 @@
 """Feed-forward by experts: a router, and a grouped matmul over tokens sorted by expert.
 
 Shapes: B rows, T tokens, N = B T, D embed, F hidden, E experts, A active experts of a token,
-M = N A pairs of a token and an expert of its, C = 2 (gate and up); d and f: one device's part.
+M pairs of a token and an expert of its, C = 2 (gate and up); d, e and f: one device's part;
+R rows that the devices which share the experts may send here, Q pieces of them.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import Linear
 from model.mlp import GATES
+from sharding.expert import Copies, Exchange, collect, spread
 from sharding.gather import axes_of
 from sharding.layout import Layout
 
@@ -28,10 +31,28 @@ BY_EXPERT = lax.RaggedDotDimensionNumbers(
 )
 
 
+class Split(NamedTuple):
+    """The mesh axes that split the rows of x, and the weights."""
+
+    rows: tuple[str, ...]
+    experts: tuple[str, ...]
+    hidden: tuple[str, ...]
+    embed: tuple[str, ...]
+
+    def whole(self, weight: jax.Array, dim: int, rows: tuple[str, ...]) -> jax.Array:
+        """A device's part of a weight with D, its `dim`, whole, to meet rows split over `rows`."""
+        copies = tuple(axis for axis in rows if axis not in self.embed)
+        # Devices talk, backward: gradients are reduce-scattered, then summed over the copies.
+        weight = lax.pcast(weight, copies, to="varying")
+        # Devices talk: D is gathered, in compute precision.
+        return lax.all_gather(weight, self.embed, axis=dim, tiled=True) if self.embed else weight
+
+
 class MoeMlp(nnx.Module):
     """`sum_a weight_a expert_a(x)` over the A experts that the router prefers for each token.
 
-    Each expert is a GatedMlp. Every token reaches all of its experts, however uneven the load.
+    Each expert is a GatedMlp. Every token reaches all of its experts, however uneven the load and
+    wherever they are.
     """
 
     def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
@@ -39,12 +60,12 @@ class MoeMlp(nnx.Module):
         linear = functools.partial(
             Linear,
             sizes={"D": cfg.embed, "F": moe.mlp or cfg.mlp, "C": 2, "E": moe.experts},
-            axes={"D": "embed", "F": "mlp"},
+            axes={"D": "embed", "F": "mlp", "E": "experts"},
             layout=layout,
             rngs=rngs,
             dtype=cfg.param_dtype,
         )
-        self.router = linear("BTD,ED->BTE")
+        self.router = linear("BTD,ED->BTE", axes={"D": "embed"})  # each token asks of all experts
         self.gate_up = linear("BTD,ECFD->BTECF", batch="EC")
         self.down = linear("BTF,EDF->BTED", std=cfg.residual_std, batch="E")
         self.curve = GATES[cfg.arch.activation]
@@ -57,46 +78,87 @@ class MoeMlp(nnx.Module):
         "z": mean of log(Z)^2; "load": choices of each expert, as a multiple of its fair share, [E].
         """
         weights = [linear.weight[...] for linear in (self.router, self.gate_up, self.down)]
-        specs = [jax.typeof(weight).sharding.spec for weight in weights]
         where = jax.typeof(x_BTD).sharding.spec
-        body = functools.partial(
-            self.local,
+        spec_ECFD = jax.typeof(weights[1]).sharding.spec
+        split = Split(
             rows=axes_of(where[0]) + axes_of(where[1]),
-            embed=axes_of(specs[1][3]),
-            hidden=axes_of(specs[1][2]),
+            experts=axes_of(spec_ECFD[0]),
+            hidden=axes_of(spec_ECFD[2]),
+            embed=axes_of(spec_ECFD[3]),
         )
-        over = jax.shard_map(body, out_specs=(where, jax.P()))
-        return over(x_BTD, segments_BT, *weights)
+        body = functools.partial(self.local, split)
+        return jax.shard_map(body, out_specs=(where, jax.P()))(x_BTD, segments_BT, *weights)
 
-    def local(self, x_BTD, segments_BT, router_Ed, gate_up_ECfd, down_Edf, *, rows, embed, hidden):
-        """One device's rows through one device's part of every expert."""
+    def local(self, split: Split, x_BTD, segments_BT, router_Ed, gate_up_eCfd, down_edf):
+        """One device's rows through the experts, and the parts of experts that it holds."""
+        x_ND, valid_N = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
+        router_ED = split.whole(router_Ed.astype(x_ND.dtype), 1, split.rows)
+        weight_NA, expert_NA, stats = self.route(x_ND, valid_N, router_ED, split.rows)
+        # Devices talk, backward: each holds a part of F, and what these ask of x is summed.
+        x_ND, weight_NA = lax.pcast((x_ND, weight_NA), split.hidden, to="varying")
+        through = functools.partial(self.through, split)
+        if split.experts:  # of N devices' rows nothing is kept for the backward pass
+            through = jax.checkpoint(through)
+        y_ND = through(x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf)
+        # Devices talk: F is split over tensor, and the sum over it crosses devices.
+        y_ND = lax.psum(y_ND, split.hidden) if split.hidden else y_ND
+        return y_ND.reshape(x_BTD.shape), stats
 
-        def whole(weight: jax.Array, dim: int) -> jax.Array:
-            weight = weight.astype(x_BTD.dtype)
-            # Devices talk: D is gathered, in compute precision.
-            return lax.all_gather(weight, embed, axis=dim, tiled=True) if embed else weight
+    def through(self, split: Split, x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf):
+        """[N, D]: each token through its experts, wherever they are."""
+        others = tuple(axis for axis in split.rows if axis not in split.experts)
+        gate_up_eCfD = split.whole(gate_up_eCfd.astype(x_ND.dtype), 3, others)
+        down_eDf = split.whole(down_edf.astype(x_ND.dtype), 1, others)
+        if not split.experts:
+            return self.experts(x_ND, weight_NA, expert_NA, gate_up_eCfD, down_eDf, name="up")
+        e, A = len(down_eDf), self.moe.active
+        exchange = Exchange.plan(expert_NA // e, split.experts)
+        # Experts' numbers are exact in float32, and travel with the weights.
+        choices = jnp.concatenate([weight_NA, expert_NA.astype(weight_NA.dtype)], axis=1)
+        x_RD, choices = exchange.send(x_ND), exchange.send(choices)
+        own_RA = choices[:, A:].astype(jnp.int32) - lax.axis_index(split.experts) * e
+        here_RA = exchange.arrived[:, None] & (own_RA >= 0) & (own_RA < e)
+        parts = x_RD, choices[:, :A], jnp.where(here_RA, own_RA, e)
+        pieces = self.pieces(len(x_RD) // len(x_ND), e)
+        parts = jax.tree.map(lambda a: a.reshape(pieces, -1, *a.shape[1:]), parts)
+        piece = jax.checkpoint(self.experts)
+        y_QRD = lax.map(lambda part: piece(*part, gate_up_eCfD, down_eDf), parts)
+        return exchange.bring(y_QRD.reshape(x_RD.shape))
 
-        router_ED, down_EDf = whole(router_Ed, 1), whole(down_Edf, 1)
-        gate_up_ECfD = whole(gate_up_ECfd, 3)
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        weight_NA, expert_NA, stats = self.route(x_ND, segments_BT.reshape(-1) > 0, router_ED, rows)
+    def pieces(self, senders: int, e: int) -> int:
+        """In how many parts a device works through the rows of so many senders.
 
-        A, E = self.moe.active, self.moe.experts
-        order_M = jnp.argsort(expert_NA.reshape(-1), stable=True)
-        counts_E = jnp.bincount(expert_NA.reshape(-1), length=E).astype(jnp.int32)
+        A part has room for all of its rows to want as many of the `e` experts here as they may, and
+        is as large as it may be with room for twice the pairs of the device's own tokens.
+        """
+        A = self.moe.active
+        together = [n for n in range(1, senders + 1) if senders % n == 0 and n * min(A, e) <= 2 * A]
+        return senders // max(together)
+
+    def experts(self, x_ND, weight_NA, expert_NA, gate_up_ECfD, down_EDf, *, name=""):
+        """[N, D]: each token through those of its A experts that are here; E or more is none."""
+        N, A = expert_NA.shape
+        E, M = len(down_EDf), N * min(A, len(down_EDf))
+        order = jnp.argsort(expert_NA.reshape(-1), stable=True)
+        counts_E = jnp.bincount(expert_NA.reshape(-1), length=E + 1)[:E].astype(jnp.int32)
+        pair = jnp.arange(N * A, dtype=jnp.int32)
+        here = pair < jnp.sum(counts_E)
+        places = jnp.zeros_like(pair).at[order].set(jnp.where(here, pair, M))
+        rows = Copies(jnp.where(here, order // A, N)[:M], places.reshape(N, A))
+        of_M = jnp.where(here, order, N * A)[:M]
+        weight_M = weight_NA.reshape(-1).at[of_M].get(mode="fill", fill_value=0)
+
         grouped = functools.partial(
             lax.ragged_dot_general, group_sizes=counts_E, ragged_dot_dimension_numbers=BY_EXPERT
         )
-        x_MD = x_ND[order_M // A]
         f = gate_up_ECfD.shape[2]
-        gate_up_MCf = grouped(x_MD, gate_up_ECfD.reshape(E, 2 * f, -1)).reshape(-1, 2, f)
-        gate_up_MCf = checkpoint_name(gate_up_MCf, "up")
-        y_MD = grouped(self.curve(gate_up_MCf[:, 0]) * gate_up_MCf[:, 1], down_EDf)
-        y_NAD = y_MD[jnp.argsort(order_M)].reshape(-1, A, y_MD.shape[-1])
-        y_ND = jnp.einsum("NAD,NA->ND", y_NAD, weight_NA.astype(y_NAD.dtype))
-        # Devices talk: F is split over tensor, and the sum over it crosses devices.
-        y_ND = lax.psum(y_ND, hidden) if hidden else y_ND
-        return y_ND.reshape(x_BTD.shape), stats
+        gate_up_MCf = grouped(spread(x_ND, rows), gate_up_ECfD.reshape(E, 2 * f, -1))
+        gate_up_MCf = gate_up_MCf.reshape(-1, 2, f)
+        gate_up_MCf = checkpoint_name(gate_up_MCf, name) if name else gate_up_MCf
+        h_Mf = self.curve(gate_up_MCf[:, 0]) * gate_up_MCf[:, 1]
+        # Weighted before `down`, not after: the backward pass then needs no second y_MD.
+        y_MD = grouped(h_Mf * weight_M[:, None].astype(h_Mf.dtype), down_EDf)
+        return collect(y_MD, rows)
 
     def route(self, x_ND, valid_N, router_ED, rows):
         """(weights [N, A] float32, experts [N, A], statistics): softmax, then the A largest."""

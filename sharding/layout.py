@@ -10,7 +10,7 @@ import jax
 MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
 AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
-BUILT = ("data", "fsdp", "tensor")
+BUILT = ("data", "fsdp", "expert", "tensor")
 SERVING = ("data", "fsdp", "tensor")  # axes that a model can be used on, not only trained
 
 
@@ -38,10 +38,11 @@ class Layout:
                     raise ValueError(f"{name}={axis!r} is no mesh axis: {', '.join(AXES)}")
                 if axes.count(axis) > 1:
                     raise ValueError(f"{name}={','.join(axes)} names {axis} twice")
-        for last in ("heads", "mlp", "vocab"):
-            for axis in split["batch"]:
+        together = [("batch", last) for last in ("heads", "mlp", "vocab")]
+        for first, last in (*together, ("experts", "embed"), ("experts", "mlp")):
+            for axis in split[first]:
                 if axis in split[last]:
-                    raise ValueError(f"batch and {last} of one array cannot both be on {axis}")
+                    raise ValueError(f"{first} and {last} of one array cannot both be on {axis}")
         for axis in split["embed"]:
             if axis not in split["batch"]:
                 raise ValueError(

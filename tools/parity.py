@@ -33,7 +33,7 @@ from configs.run import Run, check_split
 from costs import targets
 from costs.collectives import NAMES, collectives, totals
 from costs.memory import human, state_bytes
-from model.config import HEADS, ModelConfig
+from model.config import HEADS, Arch, ModelConfig, Moe
 from model.families import FAMILIES
 from sharding import mesh as meshes
 from sharding.layout import AXES, BUILT
@@ -195,18 +195,30 @@ def meshes_of(text: str, devices: int) -> list[MeshConfig]:
 
 
 def combinations() -> str:
-    """A table of every set of axes, each of 2 devices: whether a run can be split over it."""
-    rows = []
+    """Which mesh axes a run can be split over together: a table of pairs, and what else is refused.
+
+    Each axis has 2 devices; models have experts where the axes hold `expert`.
+    """
+    why: dict[tuple[str, ...], str] = {}  # of sets of axes none of whose parts is refused
     for size in range(1, len(BUILT) + 1):
         for axes in itertools.combinations(BUILT, size):
+            if any(set(refused) <= set(axes) for refused in why):
+                continue
+            moe = Moe(experts=4) if "expert" in axes else Moe()
+            run = Run(model=ModelConfig(arch=Arch(moe=moe)))
             mesh = mesh_of(dict.fromkeys(axes, 2))
-            run = dataclasses.replace(shrunk.shrunk_run(Run(), 2**size, 1), mesh=mesh)
+            run = dataclasses.replace(shrunk.shrunk_run(run, 2**size, 1), mesh=mesh)
             try:
                 check_split(run, 2**size)
-                rows.append([" x ".join(axes), "yes"])
             except ValueError as error:
-                rows.append([" x ".join(axes), f"no: {error}"])
-    return table(["axes", "supported"], rows)
+                why[axes] = str(error)
+
+    def cell(a: str, b: str) -> str:
+        return "no" if any(set(axes) <= {a, b} for axes in why) else "yes"
+
+    pairs = table(["", *BUILT], [[a, *(cell(a, b) for b in BUILT)] for a in BUILT])
+    told = [f"- {' x '.join(axes)}: {error}" for axes, error in why.items()]
+    return "\n".join([pairs, "", *(told or ["No set of axes is refused."])])
 
 
 def model_of(run: Run) -> ModelConfig:

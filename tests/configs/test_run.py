@@ -34,6 +34,30 @@ def test_a_run_that_cannot_be_split_says_which_size_and_which_axis(texts, device
     assert message in str(caught.value)
 
 
+EXPERTS = {"model.arch.moe.experts": "6", "mesh.expert": "2", "mesh.data": "1"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            {"mesh.expert": "4", "mesh.data": "1"},
+            "expert=4 splits experts, and the model has none; ",
+        ),
+        ({"mesh.expert": "4", "mesh.data": "1"}, "data=4 or fsdp=4 split the rows of any model"),
+        (
+            EXPERTS | {"mesh.expert": "4"},
+            "arch.moe.experts=6 does not divide over expert=4: it must",
+        ),
+        (EXPERTS | {"layout.batch": "data,fsdp"}, "experts on expert needs batch on expert too"),
+    ],
+)
+def test_experts_that_cannot_be_split_say_why(texts, message):
+    with pytest.raises(ValueError, match=r"expert") as caught:
+        check(run(**texts), int(texts["mesh.expert"]))
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -55,6 +79,8 @@ def test_a_model_that_does_not_predict_the_next_token_of_these_rows_is_refused(t
         ({"mesh.tensor": "4"}, 8),
         ({"mesh.tensor": "8", "layout.heads": "none"}, 8),
         ({"mesh.tensor": "4", "model.vocab": "0"}, 4),
+        (EXPERTS, 2),
+        (EXPERTS | {"layout.experts": "none"}, 2),
         ({"mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"}, 8),
         ({"optim.accumulate": "2", "data.batch": "16"}, 8),
     ],

@@ -55,6 +55,8 @@ def test_devices_that_do_not_divide_are_refused(config, devices, message):
         (lambda: Layout(batch=("data", "data")), "batch=data,data names data twice"),
         (lambda: Layout(heads="fsdp"), "batch and heads of one array cannot both be on fsdp"),
         (lambda: Layout(vocab=("tensor", "data")), "batch and vocab .* both be on data"),
+        (lambda: Layout(experts="fsdp"), "experts and embed of one array cannot both be on fsdp"),
+        (lambda: Layout(experts="tensor"), "experts and mlp of one array .* both be on tensor"),
         (lambda: Layout(batch="data"), "embed on fsdp needs batch on fsdp too"),
         (lambda: Layout(batch=None, embed="data"), "embed on data needs batch on data too"),
         (lambda: meshes.connect("a:1", None, 0), "go together: give all three"),

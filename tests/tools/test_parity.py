@@ -16,7 +16,7 @@ from model.config import Arch, Attention, Embeddings, Head, ModelConfig, Moe, No
 from model.families import FAMILIES
 from model.moe import MoeMlp
 from sharding.gather import axes_of, gather
-from sharding.layout import AXES, Layout
+from sharding.layout import AXES, BUILT, Layout
 from sharding.mesh import MeshConfig
 from tools import parity as tool
 from training import moments, shrunk
@@ -103,10 +103,12 @@ def test_one_wrong_copy_is_a_difference_though_the_first_is_right():
     assert not moments.distance([leaf * np.nan], [right]) <= tool.TOLERANCE
 
 
-@pytest.mark.parametrize(("devices", "count"), [(1, 1), (2, 3), (8, 10), (12, 18), (7, 3)])
-def test_every_factorisation_over_the_axes_is_listed_once(devices, count):
+@pytest.mark.parametrize(("devices", "powers"), [(1, []), (2, [1]), (8, [3]), (12, [2, 1])])
+def test_every_factorisation_over_the_axes_is_listed_once(devices, powers):
+    """Each prime factor of `devices`, to the power n, is shared out over k axes."""
+    k = len(BUILT)
     found = [tuple(vars(mesh).values()) for mesh in tool.meshes_of("all", devices)]
-    assert len(found) == len(set(found)) == count
+    assert len(found) == len(set(found)) == math.prod(math.comb(n + k - 1, n) for n in powers)
     assert {math.prod(sizes) for sizes in found} == {devices}
     assert set(vars(MeshConfig())) == set(AXES), "each mesh axis has a size"
 
