@@ -208,13 +208,14 @@ def train_in(lock: Lock, run: Run) -> None:
         lock.take(workdir)
         origin = Origin.find(run, workdir, RESTORE.value, weights)
         check(run, jax.device_count())
+        mesh = meshes.make(run.mesh)
         run, text = open_text(run, origin.tokenizer())
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
         lock.take(workdir)  # if it was not there before
         if meshes.is_main():
             load.save(run, workdir / "config.json")
-    with jax.set_mesh(meshes.make(run.mesh)), text.loader, profile, Signals() as signals:
+    with jax.set_mesh(mesh), text.loader, profile, Signals() as signals:
         program = build(run)
         with command.user_input():
             origin, state = origin.restore(program, text.loader)

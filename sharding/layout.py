@@ -10,7 +10,7 @@ import jax
 MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
 AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
-BUILT = ("data", "fsdp", "expert", "tensor")
+BUILT = ("dcn", "data", "fsdp", "expert", "tensor")
 SERVING = ("data", "fsdp", "tensor")  # axes that a model can be used on, not only trained
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 
@@ -43,8 +43,44 @@ def make(config: MeshConfig, devices: list | None = None) -> Mesh:
     """A mesh with Explicit axes over `devices` (default: all)."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    kinds = (AxisType.Explicit,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices)
+    return Mesh(arrange(sizes, devices), tuple(sizes), (AxisType.Explicit,) * len(sizes))
+
+
+def arrange(sizes: dict[str, int], devices: list) -> np.ndarray:
+    """The devices in the mesh's shape, its inner axes inside a fast network as far as they fit.
+
+    A fast network joins the devices of one slice (`slice_index`: of TPUs a slice, of GPUs a host or
+    its NVLink domain) or, where devices have no such number, of one process. The outermost axes go
+    over the slow network between these. ValueError if `tensor` would though one of them holds it,
+    or if the groups of `dcn` would not be whole networks or parts of one.
+    """
+    networks: dict[int, list] = {}
+    for device in devices:
+        number = getattr(device, "slice_index", None)
+        networks.setdefault(device.process_index if number is None else number, []).append(device)
+    each = math.gcd(*map(len, networks.values()))  # where sizes differ, a network is several
+    count = len(devices) // each
+    if count > 1 and count % sizes["dcn"] and sizes["dcn"] % count:
+        raise ValueError(
+            f"dcn={sizes['dcn']} does not fit the {count} slices or hosts of {each} devices: it "
+            f"must be 1, a divisor of {count} or a multiple"
+        )
+    outer, left = {}, count
+    for axis, size in sizes.items():
+        outer[axis] = math.gcd(size, left)
+        left //= outer[axis]
+    if outer["tensor"] > 1 and sizes["tensor"] <= each:
+        raise ValueError(
+            f"tensor={sizes['tensor']} would cross slices or hosts, of {each} devices: a size that "
+            f"divides {each} stays inside"
+        )
+    inner = [size // outer[axis] for axis, size in sizes.items()]
+    blocks = np.empty(tuple(outer.values()), object)
+    ordered = [device for number in sorted(networks) for device in networks[number]]
+    for i, place in enumerate(np.ndindex(blocks.shape)):
+        own = ordered[i * each : (i + 1) * each]
+        blocks[place] = mesh_utils.create_device_mesh(inner, own, allow_split_physical_axes=True)
+    return np.block(blocks.tolist())
 
 
 def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
