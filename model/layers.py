@@ -14,6 +14,7 @@ from jax import lax
 
 from model import config
 from model.matmul import einsum
+from sharding import stages
 from sharding.gather import axes_of
 from sharding.layout import Layout
 
@@ -38,8 +39,10 @@ def normal(rngs: nnx.Rngs, shape: Sequence[int], spec: jax.P, std: float, dtype:
 
 
 def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
-    """A weight of x's last dims, with the rank of x."""
-    return jnp.expand_dims(w, tuple(range(x.ndim - w.ndim)))
+    """A weight of x's last dims, with the rank of x. For rows in flight it leads with stages."""
+    leads = stages.in_flight(x)
+    w = stages.for_rows(w, x) if leads else w
+    return jnp.expand_dims(w, tuple(range(leads, leads + x.ndim - w.ndim)))
 
 
 class Linear(nnx.Module):
@@ -93,13 +96,13 @@ class RMSNorm(nnx.Module):
     ):
         ones = jnp.ones(shape, dtype, out_sharding=spec)
         self.scale = nnx.Param(ones - jnp.asarray(norm.offset, dtype))
-        self.eps, self.offset = norm.eps, norm.offset
+        self.eps, self.offset, self.dims = norm.eps, norm.offset, len(shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...].astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         # Where the scale is split, devices talk: the mean is over all of its dims.
-        dims = tuple(range(-scale.ndim, 0))
+        dims = tuple(range(-self.dims, 0))
         x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=dims, keepdims=True) + self.eps)
         return (x32 * aligned(self.offset + scale, x)).astype(x.dtype)
 

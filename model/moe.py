@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import Linear
 from model.mlp import GATES
+from sharding import stages
 from sharding.expert import Copies, Exchange, collect, spread
 from sharding.gather import axes_of
 from sharding.layout import Layout
@@ -76,18 +77,26 @@ class MoeMlp(nnx.Module):
 
         "balance": E sum_e (share of e among choices) (mean probability of e), 1 at best;
         "z": mean of log(Z)^2; "load": choices of each expert, as a multiple of its fair share, [E].
+        Of rows in flight each leads with the stages.
         """
         weights = [linear.weight[...] for linear in (self.router, self.gate_up, self.down)]
         where = jax.typeof(x_BTD).sharding.spec
-        spec_ECFD = jax.typeof(weights[1]).sharding.spec
+        stage = (stages.STAGE,) * stages.in_flight(x_BTD)  # what weights and statistics lead with
+        spec_ECFD = jax.typeof(weights[1]).sharding.spec[len(stage) :]
         split = Split(
-            rows=axes_of(where[0]) + axes_of(where[1]),
+            rows=tuple(axis for dim in where[:2] for axis in axes_of(dim) if axis not in stage),
             experts=axes_of(spec_ECFD[0]),
             hidden=axes_of(spec_ECFD[2]),
             embed=axes_of(spec_ECFD[3]),
         )
-        body = functools.partial(self.local, split)
-        return jax.shard_map(body, out_specs=(where, jax.P()))(x_BTD, segments_BT, *weights)
+
+        def body(x_BTD, segments_BT, *weights):
+            own = (weight[0] if stage else weight for weight in weights)
+            y_BTD, stats = self.local(split, x_BTD, segments_BT, *own)
+            return y_BTD, jax.tree.map(lambda a: a[None] if stage else a, stats)
+
+        over = jax.shard_map(body, out_specs=(where, jax.P(*stage)))
+        return over(x_BTD, segments_BT, *weights)
 
     def local(self, split: Split, x_BTD, segments_BT, router_Ed, gate_up_eCfd, down_edf):
         """One device's rows through the experts, and the parts of experts that it holds."""

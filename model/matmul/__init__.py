@@ -1,10 +1,12 @@
 """The one einsum that every weight of the model goes through."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
+from sharding import stages
 from sharding.gather import axes_of, gather
 
 FEW = 16  # rows below which the weight is the left operand: on CPU up to twice as fast
@@ -16,8 +18,16 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, *, out: jax.P) -> jax.Array:
     `w` is cast to x's dtype, then gathered over the mesh axes that split x's rows (the dims of x
     that `w` does not have), so the gather moves compute precision. Where a contracted dim is split
     over devices, their sum crosses them; `out` says where the result lives.
+
+    For rows in flight `w` leads with the stages. Then the backward pass casts and gathers it again:
+    otherwise a stage keeps a copy of its weights for every micro-batch that is on its way.
     """
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
+    if w.ndim > len(w_dims):
+        of_stages = functools.partial(
+            einsum, f"s{x_dims},s{w_dims}->s{y_dims}", out=stages.apart_spec(out)
+        )
+        return stages.together(jax.checkpoint(of_stages, prevent_cse=False)(stages.apart(x), w))
     x_sharding = jax.typeof(x).sharding
     w = w.astype(x.dtype)
     if x_sharding.mesh.size == 1:
