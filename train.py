@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import flags
 from flax import nnx
@@ -23,8 +24,8 @@ from monitor.profile import Profile
 from monitor.signals import Signals
 from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
+from sharding import context, runtime
 from sharding import mesh as meshes
-from sharding import runtime
 from training.lock import Lock
 from training.loop import Loop
 from training.origin import Origin, resolve
@@ -144,7 +145,12 @@ class Program:
 
     def place(self, arrays: dict) -> Batch:
         """This process' rows as part of the batch on the mesh."""
+        arrays = {name: self.lay(rows) for name, rows in arrays.items()}
         return meshes.place(arrays, self.rows, self.run.data.batch)
+
+    def lay(self, rows: np.ndarray) -> np.ndarray:
+        """[rows, seq, ...] with the tokens of each row in the order that the mesh has them in."""
+        return context.lay(rows, self.rows, self.run.model.arch.attention.causal)
 
     def jit(self, step: Any, **how: Any) -> Any:
         """`step` of this program, compiled when called."""

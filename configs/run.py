@@ -109,6 +109,10 @@ def check_split(run: Run, devices: int) -> None:
             raise ValueError(f"mesh: {axis}={size} is not built; {', '.join(BUILT)} are")
     batch, accumulate = run.data.batch, run.optim.accumulate
     _divides("data: batch", batch, {**_ways(run, "batch", sizes), "accumulate": accumulate})
+    tokens = _ways(run, "sequence", sizes)
+    if any(size > 1 for size in tokens.values()):
+        chunks = {"chunks": 2} if run.model.arch.attention.causal else {}
+        _divides("data: seq", run.data.seq, {**tokens, **chunks})
     for name in ("embed", "kv_heads", "mlp", "vocab"):
         axis = "heads" if name == "kv_heads" else name
         fix = f", or --config.layout.{axis}=none"

@@ -19,6 +19,7 @@ from model.cache import KeysValues
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, rotate
+from sharding.context import Block, ring_attention
 from sharding.layout import Layout
 
 
@@ -63,13 +64,22 @@ class SelfAttention(nnx.Module):
         self.q_norm, self.k_norm = norm(cfg.kv_heads, groups), norm(cfg.kv_heads, 1)
         rope = cfg.arch.rope
         self.rotation = "local" if window and rope.local_theta else "global"
-        settings = {
+        logits = {
             "scale": attention.scale or 1 / math.sqrt(cfg.head_dim),
-            "window": window,
             "softcap": attention.softcap,
         }
+        settings = {**logits, "window": window}
         self.attend = functools.partial(
             kernels.attention.plain, causal=attention.causal, **settings
+        )
+        self.attend_ring = functools.partial(
+            ring_attention,
+            block=Block(
+                functools.partial(kernels.blocks.forward, **logits),
+                functools.partial(kernels.blocks.backward, **logits),
+            ),
+            window=window,
+            causal=attention.causal,
         )
         self.attend_fresh = functools.partial(kernels.attention.blocked, **settings)
         self.attend_cached = functools.partial(kernels.attention.cached, **settings)
@@ -87,9 +97,14 @@ class SelfAttention(nnx.Module):
             rotation = context.rotations[self.rotation]
             q_BTKGH, k_BTKH = rotate(q_BTKGH, rotation), rotate(k_BTKH, rotation)
         k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
+        where = jax.typeof(q_BTKGH).sharding.spec
         # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
-        over = functools.partial(jax.shard_map, out_specs=jax.typeof(q_BTKGH).sharding.spec)
-        if cache is not None:
+        over = functools.partial(jax.shard_map, out_specs=where)
+        if where[1]:
+            assert cache is None and "cache" not in context.keep, "decoding needs whole rows"
+            # Devices talk: tokens are split, so keys and values go round.
+            o_BTKGH = self.attend_ring(q_BTKGH, k_BTKH, v_BTKH, context.segments)
+        elif cache is not None:
             o_BTKGH = over(self.attend_cached)(q_BTKGH, k_BTKH, v_BTKH, *cache, context.held)
         else:
             attend = self.attend_fresh if "cache" in context.keep else self.attend

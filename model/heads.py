@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, D embed, V vocabulary; N tokens of one device, C of on
 v and d: one device's part of V and D.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -80,6 +81,7 @@ class RowHead(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         head = cfg.arch.head
+        layout = dataclasses.replace(layout, sequence=None)  # of one token
         self.dense = square(cfg, layout, rngs)
         self.curve = {"tanh": jnp.tanh, "relu": jax.nn.relu}[head.curve]
         sizes, axes = {"D": cfg.embed, "C": head.labels}, {"D": "embed"}
@@ -91,7 +93,10 @@ class RowHead(nnx.Module):
 
     def logits(self, x_BTD: jax.Array, _: jax.Array) -> jax.Array:
         """[B, C] float32, or [B, D] without a classifier."""
-        y_BTD = self.curve(self.dense(x_BTD[:, :1]))
+        first_1T1 = (jnp.arange(x_BTD.shape[1]) == 0)[None, :, None]
+        # Devices talk where tokens are split: one of them has the first.
+        x_BTD = jnp.sum(jnp.where(first_1T1, x_BTD, 0), axis=1, keepdims=True)
+        y_BTD = self.curve(self.dense(x_BTD))
         if self.classifier is not None:
             y_BTD = self.classifier(y_BTD)
         return y_BTD.squeeze(1).astype(jnp.float32)

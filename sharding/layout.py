@@ -3,6 +3,7 @@
 The model says what a dimension is; this says where it goes.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +11,7 @@ import jax
 MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
 AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
-BUILT = ("dcn", "data", "fsdp", "expert", "tensor")
+BUILT = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 SERVING = ("data", "fsdp", "tensor")  # axes that a model can be used on, not only trained
 
 
@@ -38,16 +39,17 @@ class Layout:
                     raise ValueError(f"{name}={axis!r} is no mesh axis: {', '.join(AXES)}")
                 if axes.count(axis) > 1:
                     raise ValueError(f"{name}={','.join(axes)} names {axis} twice")
-        together = [("batch", last) for last in ("heads", "mlp", "vocab")]
+        pairs = itertools.product(("batch", "sequence"), ("sequence", "heads", "mlp", "vocab"))
+        together = [(first, last) for first, last in pairs if first != last]
         for first, last in (*together, ("experts", "embed"), ("experts", "mlp")):
             for axis in split[first]:
                 if axis in split[last]:
                     raise ValueError(f"{first} and {last} of one array cannot both be on {axis}")
         for axis in split["embed"]:
-            if axis not in split["batch"]:
+            if axis not in split["batch"] + split["sequence"]:
                 raise ValueError(
-                    f"embed on {axis} needs batch on {axis} too: weights are split over devices "
-                    f"that work on different rows"
+                    f"embed on {axis} needs batch or sequence on {axis} too: weights are split "
+                    f"over devices that work on different tokens"
                 )
 
     def spec(self, *names: str | None) -> jax.P:

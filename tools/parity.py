@@ -132,7 +132,9 @@ def compare(
             losses.append(moments.distance(moment.loss, right.losses[i]))
             if i == 0:
                 if jax.tree.leaves(moment.outputs):
-                    differences["outputs"] = moments.distance(moment.outputs, right.first.outputs)
+                    wanted = right.first.outputs
+                    wanted = program.lay(wanted) if wanted.ndim == 3 else wanted
+                    differences["outputs"] = moments.distance(moment.outputs, wanted)
                 differences["gradients"] = moments.distance(moment.grads, right.first.grads)
         differences["loss"] = float(np.max(losses))  # max() would lose a NaN
         differences["parameters"] = moments.distance(moment.params, right.last.params)

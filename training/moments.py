@@ -29,7 +29,7 @@ def output_step(program: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[
         y = model.logits(batch["inputs"], batch["positions"], segments, kinds)
         shift = jnp.arange(y.shape[-1], dtype=y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         waves = jnp.mean(1 + jnp.sin(y + shift), axis=-1)
-        real = (segments if waves.ndim == 2 else segments[:, 0]) > 0  # a row's begins it
+        real = (segments if waves.ndim == 2 else jnp.max(segments, axis=1)) > 0
         return jnp.sum(waves * real) / jnp.sum(real), y
 
     (loss, outputs), grads = jax.value_and_grad(score, has_aux=True)(state.params)

@@ -1,5 +1,6 @@
 """What a run tells of itself before its first step and after its last."""
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from configs.run import describe, to_json
 from costs import flops, memory
 from costs.speed import Speed
 from inference.sampling import sample
+from model import transformer
 from monitor import report
 from sharding import mesh as meshes
 from training.loop import Loop
@@ -45,17 +48,19 @@ def hardware() -> str:
 
 def finish(loop: Loop, workdir: Path) -> None:
     """The sample and the report."""
-    run, program = loop.run, loop.program
+    run = loop.run
     written = ""
     if run.sample.tokens:
         prompt = loop.text.tokenizer.encode([run.sample.prompt])[0]
+        whole = dataclasses.replace(run.layout, sequence=None)  # a text that grows is not split
+        graph, _, _ = transformer.abstract(run.model, whole)
         ids = sample(
-            lambda params, *rows: nnx.merge(program.graph, params).logits(*rows),
+            lambda params, *rows: nnx.merge(graph, params).logits(*rows),
             loop.state.params,
             [loop.text.tokenizer.end, *prompt.tolist()],
             tokens=run.sample.tokens,
             vocab=loop.text.tokenizer.size,
-            where=program.rows,
+            where=NamedSharding(jax.sharding.get_mesh(), whole.spec("batch", None)),
             key=jax.random.key(run.seed),
             temperature=run.sample.temperature,
             end=loop.text.tokenizer.end,

@@ -1,5 +1,5 @@
 """Engines behind one signature each; the plain one is the oracle of the others."""
 
-from model.kernels import attention
+from model.kernels import attention, blocks
 
-__all__ = ["attention"]
+__all__ = ["attention", "blocks"]

@@ -3,6 +3,7 @@ bit."""
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -121,13 +122,18 @@ def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(finished
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses_and_samples(
     finished, killed, command_line
 ):
-    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+    sizes = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
+    mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
     ended = command_line(*mesh, workdir=killed)
     assert ended.code == 0, ended.err
     for step, loss in finished.losses().items():
         assert ended.losses()[step] == pytest.approx(loss, rel=SAME)
     assert [b.samples for b in ended.batches] == [b.samples for b in finished.batches[8:12]]
-    assert load(str(killed / "config.json")).mesh.fsdp == 4
+    assert load(str(killed / "config.json")).mesh.fsdp == 2
+    written = [re.search(r"\n\nA.*\n", found.out) for found in (ended, finished)]
+    assert written[0][0] == written[1][0], "the sample"
+    before, after = (found.rows("eval_loss")[12]["eval_loss"] for found in (finished, ended))
+    assert after == pytest.approx(before, rel=SAME)
 
 
 def test_restore_starts_a_run_of_its_own_from_a_step_of_another(finished, command_line):
