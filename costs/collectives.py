@@ -3,6 +3,7 @@
 Read from `compiled.as_text()`, as XLA writes it for CPU, GPU and TPU.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -69,7 +70,10 @@ def collectives(text: str) -> list[Collective]:
                 continue
             rounds = _rounds(one, computations) if one.operation == "while" else 1
             for called in _callees(one.rest):
-                yield from reached(called, times * rounds)
+                found = reached(called, times * rounds)
+                # A TPU's reduce-scatter, which its program writes as an all-reduce in a fusion.
+                scatter = called.startswith("all-reduce-scatter")
+                yield from (_scattered(each, one.result) if scatter else each for each in found)
 
     return [one for one in reached(entry, 1) if one.group != 1]
 
@@ -134,6 +138,14 @@ def _collective(kind: str, result: str, rest: str, times: int) -> Collective:
     group = _group(rest)
     size *= group if kind == "reduce-scatter" else 1
     return Collective(kind, tuple(shapes), size, group, times)
+
+
+def _scattered(inside: Collective, result: str) -> Collective:
+    """The all-reduce of a fusion that keeps only the device's own part, of type `result`."""
+    if inside.name != "all-reduce":
+        return inside
+    shapes = _collective("reduce-scatter", result, "", 1).shapes
+    return dataclasses.replace(inside, name="reduce-scatter", shapes=shapes)
 
 
 def _group(rest: str) -> int:

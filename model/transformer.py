@@ -20,19 +20,13 @@ from model.heads import make_head
 from model.layers import Embedding, Role, make_norm
 from model.mlp import make_mlp
 from model.moe import MoeMlp
+from model.remat import Policy, policy
 from model.rope import rotation
 from sharding.layout import Layout
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 # A tree for each place of the pattern, its repetitions stacked; then one for each last layer.
 Parts = tuple[Sequence[Any], Sequence[Any]]
-
-# What a layer keeps for its backward pass, from least compute to least memory. "none" keeps all.
-REMAT = {
-    "dots": ("qkv", "attention", "mid", "up"),  # recomputes norms, rotations and curves
-    "attention": ("attention",),  # and all matmuls, but not attention
-    "full": (),  # keeps the layer's input only
-}
 
 
 def run_layers(
@@ -42,28 +36,45 @@ def run_layers(
     context: Any,
     *,
     unroll: int = 1,
+    keep: Policy | None = None,
 ) -> tuple[jax.Array, Parts]:
     """x through every layer, and the extras of each layer, in parts as the weights are.
 
     Layers are a pattern of p places, repeated: `layers` are p pure functions
     `(weights, x, context) -> (x, extras)`. `weights` holds p trees that lead with the number of
     repetitions, then the single layers that remain when p does not divide the layers.
-    One compiled body serves any number of repetitions; `unroll` repeats it in the program.
+    One compiled body serves any number of repetitions; `unroll` repeats it in the program. `keep`
+    chooses what a layer keeps for its backward pass; without, whatever that asks for.
     """
-    stacks, rest = weights
+    stacks, rest = tuple(weights[0]), weights[1]
+    repeats = jax.tree.leaves(stacks)[0].shape[0]
+    looped = repeats - repeats % unroll if repeats >= 2 * unroll else 0
 
-    def repetition(x_BTD: jax.Array, weights: Sequence[Any]) -> tuple[jax.Array, tuple]:
+    def repetition(x_BTD: jax.Array, weights: Sequence[Any], *, loop: bool = False) -> Any:
         extras = []
         for layer, own in zip(layers, weights, strict=False):
+            if keep:
+                # Outside a loop XLA would find each value again that the forward pass has made,
+                # and keep it; inside, a barrier against that would only cost.
+                layer = jax.checkpoint(layer, policy=keep, prevent_cse=not loop)
             x_BTD, extra = layer(own, x_BTD, context)
             extras.append(extra)
         return x_BTD, tuple(extras)
 
-    if jax.tree.leaves(stacks)[0].shape[0] == 1:  # a loop of one still moves what goes through it
-        x_BTD, extras = repetition(x_BTD, jax.tree.map(lambda a: a[0], tuple(stacks)))
-        extras = jax.tree.map(lambda a: a[None], extras)
-    else:
-        x_BTD, extras = lax.scan(repetition, x_BTD, tuple(stacks), unroll=unroll)
+    parts = []
+    if looped:
+        body = functools.partial(repetition, loop=True)
+        some = jax.tree.map(lambda a: a[:looped], stacks)
+        x_BTD, extras = lax.scan(body, x_BTD, some, unroll=unroll)
+        parts.append(extras)
+    if repeats - looped == 1:  # a loop of one still moves what goes through it
+        x_BTD, extras = repetition(x_BTD, jax.tree.map(lambda a: a[-1], stacks))
+        parts.append(jax.tree.map(lambda a: a[None], extras))
+    elif repeats > looped:
+        some = jax.tree.map(lambda a: a[looped:], stacks)
+        x_BTD, extras = lax.scan(repetition, x_BTD, some, unroll=True)
+        parts.append(extras)
+    extras = jax.tree.map(lambda *a: jnp.concatenate(a), *parts) if parts[1:] else parts[0]
     x_BTD, last = repetition(x_BTD, rest)
     return x_BTD, (extras, last)
 
@@ -213,14 +224,16 @@ class Transformer(nnx.Module):
         graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         rest = [nnx.state(block) for block in self.rest]
         if cache is None:
-            layers, weights = [remat(pure(graph), cfg) for graph in graphs], (stacks, rest)
+            layers, weights, keep = map(pure, graphs), (stacks, rest), policy(cfg.remat)
         else:
-            layers = [pure_cached(graph) for graph in graphs]
+            layers, keep = map(pure_cached, graphs), None
             weights = tuple(
                 tuple(zip(own, held, strict=True))
                 for own, held in ((stacks, cache.layers), (rest, cache.rest))
             )
-        x_BTD, extras = run_layers(layers, weights, x_BTD, context, unroll=cfg.unroll)
+        x_BTD, extras = run_layers(
+            tuple(layers), weights, x_BTD, context, unroll=cfg.unroll, keep=keep
+        )
         return x_BTD if self.norm is None else self.norm(x_BTD), extras
 
     def extend(
@@ -316,15 +329,6 @@ def pure(graph: nnx.GraphDef) -> Layer:
 def pure_cached(graph: nnx.GraphDef) -> Layer:
     """A block as a function of its weights and its part of a cache."""
     return lambda own, x_BTD, context: nnx.merge(graph, own[0])(x_BTD, context, own[1])
-
-
-def remat(layer: Layer, cfg: ModelConfig) -> Layer:
-    """The same layer, keeping only what `cfg.remat` names for its backward pass."""
-    if cfg.remat == "none":
-        return layer
-    policy = jax.checkpoint_policies.save_only_these_names(*REMAT[cfg.remat])
-    in_loop = cfg.unroll < cfg.layers // cfg.places
-    return jax.checkpoint(layer, policy=policy, prevent_cse=not in_loop)
 
 
 def abstract(cfg: ModelConfig, layout: Layout) -> tuple[nnx.GraphDef, Any, Any]:

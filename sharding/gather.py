@@ -8,6 +8,7 @@ all-gather stands here by name, and so does what its transpose becomes.
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Axes = tuple[str, ...]
@@ -33,6 +34,10 @@ def gather(weight: Any, rows: Axes) -> Any:
     then an all-reduce over the rest of `rows`, of what the reduce-scatter left. Splits over other
     axes (tensor) stay. The result is `reduced` over `rows`: it can only enter a matmul.
 
+    The dim stands first while it is gathered: a TPU's compiler turns a reduce-scatter of less than
+    256 numbers a device along the last dim into an all-reduce, twice the bytes. On a GPU the
+    program is the same either way.
+
     `weight` may be a pytree of arrays, such as int8 values and their scales.
     """
 
@@ -46,7 +51,9 @@ def gather(weight: Any, rows: Axes) -> Any:
             for i, dim in enumerate(spec):
                 axes = tuple(axis for axis in axes_of(dim) if axis in rows)
                 if axes:
-                    w = lax.all_gather(w, axes, axis=i, tiled=True, to="reduced")
+                    w = jnp.moveaxis(w, i, 0)
+                    w = lax.all_gather(w, axes, axis=0, tiled=True, to="reduced")
+                    w = jnp.moveaxis(w, 0, i)
             return w
 
         whole = jax.P(*(without(dim, rows) for dim in spec), reduced=set(rows))

@@ -57,6 +57,19 @@ ENTRY %main (x: s32[]) -> s32[] {
 }
 """  # noqa: E501
 
+# And a reduce-scatter: an all-reduce in a fusion, of rows padded so that parts overlap.
+TPU_SCATTER = """
+%all-reduce-scatter.clone.1 (p: bf16[20,6]) -> bf16[6,6] {
+  %pad.1 = bf16[24,6]{1,0} pad(%p, %zero), padding=0_4x0_0
+  %all-reduce.23 = bf16[24,6]{1,0} all-reduce(%pad.1), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = bf16[6,6]{1,0} dynamic-slice(%all-reduce.23, %i, %zero), dynamic_slice_sizes={6,6}
+}
+
+ENTRY %main (x: bf16[20,6]) -> bf16[6,6] {
+  ROOT %fusion.1 = bf16[6,6]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.clone.1
+}
+"""
+
 
 def test_a_gpus_text_is_counted_with_its_loops():
     assert collectives(GPU) == [
@@ -69,6 +82,11 @@ def test_a_gpus_text_is_counted_with_its_loops():
 
 def test_a_tpus_gather_in_two_fusions_is_one():
     assert collectives(TPU) == [Collective("all-gather", ((8,),), 32, 4, 5)]
+
+
+def test_a_tpus_reduce_scatter_in_a_fusion_is_one():
+    found = collectives(TPU_SCATTER)
+    assert found == [Collective("reduce-scatter", ((6, 6),), 24 * 6 * 2, 4, 1)]
 
 
 def test_kinds_that_do_not_occur_are_zero():

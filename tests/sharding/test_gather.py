@@ -1,6 +1,7 @@
 """A gather is one all-gather, and its backward pass a reduce-scatter, on every mesh."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 
@@ -13,14 +14,24 @@ from jax.sharding import NamedSharding
 import train
 from checkpoint import store
 from costs.collectives import collectives
+from model.config import REMATS
 from model.matmul import einsum
 from model.transformer import run_layers
 from sharding.gather import gather
-from tests.sharding.tiny import MODEL, check_reduce_scatters, mesh_of, results, run_of
+from tests.sharding.tiny import (
+    MODEL,
+    check_reduce_scatters,
+    gathered,
+    mesh_of,
+    results,
+    run_of,
+)
 from tests.tolerance import assert_formula
 
 HYBRID = [(2, 4, 1), (2, 2, 2), (1, 8, 1), (2, 2, 1)]
 SPEC = "BTD,FD->BTF"
+# Layers outside a loop: there only a barrier keeps XLA from merging forward and backward pass.
+FREE = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="this XLA drops barriers on CPU")
 
 
 def on(mesh, array, *spec):
@@ -54,13 +65,45 @@ def test_a_gathered_weight_has_the_gradient_of_a_whole_one(sizes):
     assert whole not in results(text, "all-reduce")
 
 
+@functools.cache
+def compiled(sizes, remat="none", layers=2, unroll=1):
+    """The program of a train step on a mesh, and its text."""
+    model = dataclasses.replace(MODEL, remat=remat, layers=layers, unroll=unroll)
+    with jax.set_mesh(mesh_of(sizes)):
+        program = train.build(run_of(sizes, model=model))
+        return program, program.compile().as_text()
+
+
 @pytest.mark.parametrize(
     "sizes", [HYBRID[0], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in HYBRID[1:])]
 )
 def test_a_train_step_reduce_scatters_each_weights_gradient(sizes):
+    program, text = compiled(sizes)
     with jax.set_mesh(mesh_of(sizes)):
-        program = train.build(run_of(sizes, model=dataclasses.replace(MODEL, remat="dots")))
-        check_reduce_scatters(program, program.compile().as_text())
+        check_reduce_scatters(program, text)
+
+
+@pytest.mark.parametrize(
+    ("remat", "layers", "unroll"),
+    [
+        ("none", 2, 1),
+        *(pytest.param(remat, 2, 1, marks=pytest.mark.slow) for remat in REMATS if remat != "none"),
+        *(pytest.param(remat, 3, 2, marks=(pytest.mark.slow, FREE)) for remat in ("none", "full")),
+    ],
+)
+def test_each_layers_weights_are_gathered_once_forward_and_once_backward(remat, layers, unroll):
+    sizes = HYBRID[0]
+    program, text = compiled(sizes, remat, layers, unroll)
+    with jax.set_mesh(mesh_of(sizes)):
+        *blocks, head = (dims for _, dims in gathered(program))
+    right, found = Counter(), Counter()
+    for dims in blocks:
+        right[tuple(sorted(dims))] += 2 * layers
+    right[tuple(sorted(head))] += 1  # the loss computes its gradient in the forward pass
+    for one in collectives(text):
+        if one.name == "all-gather":
+            found[tuple(sorted(n for n in one.shapes[0] if n > 1))] += one.times
+    assert {dims: found[dims] for dims in right} == dict(right)
 
 
 @jax.tree_util.register_dataclass

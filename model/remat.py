@@ -1,0 +1,30 @@
+"""Remat: what a layer keeps of its forward pass for its backward pass; the rest is made again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+Policy = Callable[..., Any]  # of a primitive, its operands' types and its parameters
+
+# The names, in the model, of what each kind of remat keeps, from least compute to least memory.
+REMAT = {
+    "dots": ("qkv", "attention", "mid", "up"),  # recomputes norms, rotations and curves
+    "attention": ("attention",),  # and all matmuls, but not attention
+    "full": (),  # keeps the layer's input only
+}
+# What comes from other devices and what stands around it in sharding/gather.py: kept, the weights
+# of all layers would lie whole on every device. A transpose elsewhere is as cheap to make again.
+GATHERS = ("all_gather", "preduced", "transpose")
+
+
+def policy(remat: str) -> Policy:
+    """For `jax.checkpoint`. "none" keeps all but what was gathered, which is gathered again."""
+    if remat == "none":
+        return own
+    return jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+
+
+def own(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a primitive's result is none that was gathered."""
+    return not primitive.name.startswith(GATHERS)
