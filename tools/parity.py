@@ -36,6 +36,7 @@ from costs.memory import human, state_bytes
 from model.config import HEADS, Arch, ModelConfig, Moe
 from model.families import FAMILIES
 from sharding import mesh as meshes
+from sharding import runtime
 from sharding.layout import AXES, BUILT
 from sharding.mesh import MeshConfig
 from training import moments, shrunk
@@ -250,6 +251,7 @@ def find_devices(platform: str, count: int) -> list[jax.Device]:
     if platform == "cpu":
         with contextlib.suppress(RuntimeError):  # JAX has begun: with the devices that it has
             jax.config.update("jax_num_cpu_devices", count)
+            runtime.compile_quickly()
     else:
         jax.config.update("jax_default_matmul_precision", "highest")  # not TF32, not bfloat16
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -278,10 +279,37 @@ def test_every_head_gives_the_outputs_of_one_device(head, capsys):
     assert "| outputs " in capsys.readouterr().out
 
 
+# Seven meshes of 2 x 2 x 2 devices that hold each pair of the seven axes once: Fano's plane.
+LINES = [
+    ("dcn", "fsdp", "tensor"),
+    ("dcn", "data", "context"),
+    ("dcn", "stage", "expert"),
+    ("data", "stage", "tensor"),
+    ("expert", "context", "tensor"),
+    ("data", "fsdp", "expert"),
+    ("stage", "fsdp", "context"),
+]
+
+
+def test_the_selection_holds_each_pair_of_axes_once():
+    pairs = [frozenset(pair) for line in LINES for pair in itertools.combinations(line, 2)]
+    assert sorted(map(sorted, pairs)) == sorted(map(sorted, itertools.combinations(AXES, 2)))
+
+
 @pytest.mark.slow
-def test_every_mesh_of_eight_gives_the_values_of_one_device(capsys):
-    assert run("--config=configs/llama.py:1B") == 0
-    assert "10 of 10 meshes" in capsys.readouterr().out
+def test_every_pair_of_axes_gives_a_mixture_the_values_of_one_device(capsys):
+    built = [line for line in LINES if set(line) <= set(BUILT)]
+    meshes = ";".join(",".join(f"{axis}=2" for axis in line) for line in built)
+    assert run("--family=qwen3_moe", f"--meshes={meshes}", "--steps=3") == 0
+    assert f"{len(built)} of {len(built)} meshes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_axis_alone_gives_the_values_of_one_device(capsys):
+    axes = [axis for axis in BUILT if axis not in ("expert", "stage")]  # of a dense model; 2 layers
+    meshes = ";".join(f"{axis}=8" for axis in axes)
+    assert run("--config=configs/llama.py:1B", f"--meshes={meshes}") == 0
+    assert f"{len(axes)} of {len(axes)} meshes" in capsys.readouterr().out
 
 
 @pytest.mark.aot
