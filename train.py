@@ -74,7 +74,8 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
 
     def loss(params: Any, rows: Batch) -> tuple[jax.Array, dict]:
         weights = (rows["segments"] > 0).astype(jnp.float32) / jnp.maximum(count, 1)
-        return nnx.merge(program.graph, params).loss(**rows, weights=weights)
+        model = nnx.merge(program.graph, params)
+        return model.loss(**rows, weights=weights, documents=program.documents)
 
     def gradient(rows: Batch) -> tuple[dict, Any]:
         (_, told), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
@@ -118,7 +119,8 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
 def eval_step(program: "Program", params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(nats of all targets, number of targets)."""
     weights = (batch["segments"] > 0).astype(jnp.float32)
-    _, told = nnx.merge(program.graph, params).loss(**batch, weights=weights)
+    model = nnx.merge(program.graph, params)
+    _, told = model.loss(**batch, weights=weights, documents=program.documents)
     return told["nats"], jnp.sum(weights)
 
 
@@ -131,6 +133,11 @@ class Program:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     state: State = None  # shapes and shardings
+
+    @property
+    def documents(self) -> int:
+        """The most documents of a row, as attention sees them; 0: any number."""
+        return 1 if self.run.data.across else self.run.data.documents
 
     @property
     def rows(self) -> NamedSharding:

@@ -51,10 +51,11 @@ def held_out_batches(
             covered += size
     if not sequences:
         return HeldOut((), 0, 0)
-    plan = packing.plan(np.array([len(ids) - 1 for ids in sequences]), config.seq)
+    plan = packing.plan(np.array([len(ids) - 1 for ids in sequences]), config.seq, config.documents)
     batches = []
     for step in range(math.ceil(plan.rows / config.batch)):
         wanted = [step * config.batch + row for row in rows]
         wanted = [row if row < plan.rows else -1 for row in wanted]
-        batches.append(packing.fill(plan, wanted, sequences.__getitem__, config.seq))
+        made = packing.fill(plan, wanted, sequences.__getitem__, config.seq, across=config.across)
+        batches.append(made)
     return HeldOut(tuple(batches), covered, len(sequences))

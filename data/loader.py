@@ -55,11 +55,12 @@ class Loader:
         """
         if not all(0 <= row < config.batch for row in rows):
             raise ValueError(f"rows={list(rows)} must lie in 0 to {config.batch - 1}")
-        windows = Windows(sources, config.weights, tokenizer, config.seq, seed, window)
+        windows = Windows(
+            sources, config.weights, tokenizer, config.seq, seed, window, config.documents
+        )
         batches = _Batches(
             ThreadPrefetchIterDataset(windows, prefetch_buffer_size=WINDOWS_AHEAD),
-            config.batch,
-            config.seq,
+            config,
             tuple(rows),
         )
         # In a list, so that closing lets go of it: grain's __del__ fails at interpreter exit.
@@ -122,9 +123,10 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 class _Batches(grain.IterDataset):
     """Batches out of windows, as a grain dataset."""
 
-    def __init__(self, windows: grain.IterDataset, batch: int, seq: int, rows: tuple[int, ...]):
+    def __init__(self, windows: grain.IterDataset, config: DataConfig, rows: tuple[int, ...]):
         super().__init__(windows)
-        self.batch, self.seq, self.rows = batch, seq, rows
+        self.batch, self.seq, self.across = config.batch, config.seq, config.across
+        self.rows = rows
 
     def __iter__(self) -> "_BatchIterator":
         return _BatchIterator(self._parent.__iter__(), self)
@@ -177,7 +179,10 @@ class _BatchIterator(grain.DatasetIterator):
         for window, own in parts:
             places = [k for k, row in enumerate(self._batches.rows) if row in own]
             rows = [window.rows[own[self._batches.rows[k]]] for k in places]
-            made = packing.fill(window.plan, rows, window.sequences.__getitem__, shape[1])
+            made = packing.fill(
+                window.plan, rows, window.sequences.__getitem__, shape[1],
+                across=self._batches.across,
+            )  # fmt: skip
             for name, array in made.items():
                 arrays[name][places] = array
             for k, row in zip(places, rows, strict=True):

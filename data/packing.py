@@ -32,11 +32,12 @@ class Plan:
         return slice(int(self.starts[row]), int(self.starts[row + 1]))
 
 
-def plan(lengths: np.ndarray, seq: int) -> Plan:
+def plan(lengths: np.ndarray, seq: int, documents: int = 0) -> Plan:
     """Lay documents of `lengths` inputs, each at least 1, into rows of `seq`.
 
     Whole pieces go where they fit best, the longest first. If more than WASTE would be padding,
     the emptiest rows are emptied into the gaps of the others. Padding is at most WASTE or one row.
+    With a bound of `documents` for a row, a row of more is cut into several, and padded.
     """
     lengths = np.asarray(lengths, np.int64)
     count = -(-lengths // seq)
@@ -53,6 +54,10 @@ def plan(lengths: np.ndarray, seq: int) -> Plan:
             (document, first, length, row), seq - filled, len(filled) - allowed
         )
     order = np.argsort(row, kind="stable")
+    if documents:
+        first_of = np.searchsorted(row[order], row[order])
+        parts = (np.arange(len(row)) - first_of) // documents
+        _, row[order] = np.unique(np.stack([row[order], parts]), axis=1, return_inverse=True)
     rows = int(row.max()) + 1
     starts = np.searchsorted(row[order], np.arange(rows + 1))
     return Plan(document[order], first[order], length[order], starts)
@@ -124,12 +129,17 @@ def _pour(pieces: tuple[np.ndarray, ...], gaps: np.ndarray, rows: int) -> tuple[
 
 
 def fill(
-    plan: Plan, rows: Sequence[int], sequence: Callable[[int], np.ndarray], seq: int
+    plan: Plan,
+    rows: Sequence[int],
+    sequence: Callable[[int], np.ndarray],
+    seq: int,
+    *,
+    across: bool = False,
 ) -> dict[str, np.ndarray]:
     """Make `rows` of a plan: ARRAYS, each int32 [rows, seq].
 
     `sequence` gives the ids of a planned document with the ends around them. A row below 0 is
-    padding throughout.
+    padding throughout. With `across` all pieces of a row are one segment.
     """
     arrays = {name: np.zeros((len(rows), seq), np.int32) for name in ARRAYS}
     for k, row in enumerate(rows):
@@ -141,6 +151,9 @@ def fill(
                 plan.length[own],
                 sequence,
             )
+    if across:
+        arrays["positions"] = np.where(arrays["segments"] > 0, np.arange(seq, dtype=np.int32), 0)
+        arrays["segments"] = np.minimum(arrays["segments"], 1)
     return arrays
 
 

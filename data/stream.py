@@ -106,8 +106,12 @@ class Windows(grain.IterDataset):
         seq: int,
         seed: int,
         tokens: int | None = None,
+        documents: int = 0,
     ):
-        """`tokens` is the size of every window; None: as the constants above say."""
+        """`tokens` is the size of every window; None: as the constants above say.
+
+        `documents` is the most of a row; 0: any number.
+        """
         super().__init__()
         for part in splits:
             part.source.check(tokenizer)
@@ -119,6 +123,7 @@ class Windows(grain.IterDataset):
         total = sum(weights)
         self.weights = [weight / total for weight in weights if weight] or [1.0]
         self.seq, self.seed, self.tokens = seq, seed, tokens
+        self.documents = documents
         self._make = lambda: [
             Stream(group, tokenizer, ("documents", seed, k)) for k, group in enumerate(groups)
         ]
@@ -174,7 +179,8 @@ class _WindowIterator(grain.DatasetIterator):
             sequences.append(ids)
             self._tokens[k] += len(ids) - 1
             have += len(ids) - 1
-        plan = packing.plan(np.array([len(ids) - 1 for ids in sequences]), self._windows.seq)
+        windows, lengths = self._windows, np.array([len(ids) - 1 for ids in sequences])
+        plan = packing.plan(lengths, windows.seq, windows.documents)
         key = ("rows", self._windows.seed, self._number)
         rows = permute(np.arange(plan.rows), plan.rows, *key).tolist()
         self._number += 1

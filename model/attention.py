@@ -30,6 +30,8 @@ class Context:
 
     segments: jax.Array  # [B, T]; tokens of one document share a number, 0 is padding
     rotations: dict[str, Rotation]  # "global" and "local"; none without RoPE
+    # The most documents of a row, 0: any number. A bound lets kernels do without a [T, T] mask.
+    documents: int = field(default=0, metadata={"static": True})
     held: jax.Array | None = None  # [B], tokens in the cache; None: the rows are whole texts
     # What layers hand back: "hidden", their states; "cache", the keys and values of the rows.
     keep: tuple[str, ...] = field(default=(), metadata={"static": True})
@@ -70,7 +72,7 @@ class SelfAttention(nnx.Module):
         }
         settings = {**logits, "window": window}
         self.attend = functools.partial(
-            kernels.attention.plain, causal=attention.causal, **settings
+            kernels.engine.attention, causal=attention.causal, **settings
         )
         self.attend_ring = functools.partial(
             ring_attention,
@@ -107,7 +109,8 @@ class SelfAttention(nnx.Module):
         elif cache is not None:
             o_BTKGH = over(self.attend_cached)(q_BTKGH, k_BTKH, v_BTKH, *cache, context.held)
         else:
-            attend = self.attend_fresh if "cache" in context.keep else self.attend
+            attend = functools.partial(self.attend, documents=context.documents)
+            attend = self.attend_fresh if "cache" in context.keep else attend
             o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
         # Heads are split over tensor: the sum over them crosses devices.
         return self.out(o_BTKGH), (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "attention", "dots", "full")
+REMATS = ("none", "dots", "mlp", "attention", "full")
 NORMS = ("rms", "layer")
 PLACEMENTS = ("pre", "post", "output", "sandwich")
 SCALINGS = ("none", "linear", "llama3", "yarn")
@@ -177,10 +177,12 @@ class Head:
     softcap: float = 0.0  # of the final logits; 0: off
     z_loss: float = 0.0  # weight of log(Z)^2. Chowdhery et al. 2022, arXiv:2204.02311
     chunk: int = 4096  # tokens per device whose logits exist at one time
+    logits: str = "float32"  # in memory, in the loss; "bfloat16" halves what softmax reads
 
     def __post_init__(self):
         one_of("kind", self.kind, HEADS)
         one_of("curve", self.curve, HEAD_CURVES)
+        one_of("logits", self.logits, DTYPES)
         at_least("labels", self.labels, 1)
         at_least("softcap", self.softcap, 0)
         at_least("z_loss", self.z_loss, 0)

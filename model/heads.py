@@ -187,10 +187,10 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
         return collective(a, vocab) if vocab else a
 
     def one_chunk(carry, chunk):
-        sums, dtable_vD = carry
+        sums, dtable_Dv = carry
         x_CD, target_C, weight_C = chunk
-        raw_Cv = jnp.einsum("CD,vD->Cv", x_CD, table_vD, preferred_element_type=jnp.float32)
-        z_Cv = cap(raw_Cv, head.softcap)
+        raw_Cv = jnp.einsum("CD,vD->Cv", x_CD, table_vD, preferred_element_type=head.logits)
+        z_Cv = cap(raw_Cv.astype(jnp.float32), head.softcap)
         # Devices talk: each holds part of the vocabulary, and softmax needs all of it.
         top_C = over_vocab(lax.pmax, jnp.max(z_Cv, axis=-1))
         exp_Cv = jnp.exp(z_Cv - top_C[:, None])
@@ -213,19 +213,19 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
             dz_Cv *= 1 - (z_Cv / head.softcap) ** 2
         dz_Cv = dz_Cv.astype(x_CD.dtype)
         dx_CD = over_vocab(lax.psum, jnp.einsum("Cv,vD->CD", dz_Cv, table_vD))
-        dtable_vD += jnp.einsum("Cv,CD->vD", dz_Cv, x_CD, preferred_element_type=jnp.float32)
-        return (sums, dtable_vD), dx_CD
+        dtable_Dv += jnp.einsum("Cv,CD->Dv", dz_Cv, x_CD, preferred_element_type=jnp.float32)
+        return (sums, dtable_Dv), dx_CD
 
     sums = tuple(
         lax.pcast(jnp.float32(0), rows, to="varying") if rows else jnp.float32(0) for _ in "ab"
     )
-    dtable_vD = None
+    dtable_Dv = None  # D first, so that its parts lie together when they are scattered
     if gradients:
-        dtable_vD = jnp.zeros(table_vD.shape, jnp.float32)
+        dtable_Dv = jnp.zeros((D, v), jnp.float32)
         varying = (*rows, *vocab)
-        dtable_vD = lax.pcast(dtable_vD, varying, to="varying") if varying else dtable_vD
-    (sums, dtable_vD), dxs = lax.scan(
-        one_chunk, (sums, dtable_vD), (xs, targets, weights), unroll=chunks == 1
+        dtable_Dv = lax.pcast(dtable_Dv, varying, to="varying") if varying else dtable_Dv
+    (sums, dtable_Dv), dxs = lax.scan(
+        one_chunk, (sums, dtable_Dv), (xs, targets, weights), unroll=chunks == 1
     )
     # Devices talk: the loss is summed over all rows.
     sums = tuple(lax.psum(s, rows) if rows else s for s in sums)
@@ -234,8 +234,8 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
     dx_BTD = dxs.reshape(-1, D)[:N].reshape(x_BTD.shape)
     # Devices talk: the table's gradient is reduce-scattered to where its slices of D live.
     copies = tuple(axis for axis in rows if axis not in embed)
-    dtable_vd = (
-        lax.psum_scatter(dtable_vD, embed, scatter_dimension=1, tiled=True) if embed else dtable_vD
+    dtable_dv = (
+        lax.psum_scatter(dtable_Dv, embed, scatter_dimension=0, tiled=True) if embed else dtable_Dv
     )
-    dtable_vd = lax.psum(dtable_vd, copies) if copies else dtable_vd
-    return sums, (dx_BTD, dtable_vd.astype(table_vd.dtype))
+    dtable_dv = lax.psum(dtable_dv, copies) if copies else dtable_dv
+    return sums, (dx_BTD, dtable_dv.T.astype(table_vd.dtype))

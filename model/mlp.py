@@ -24,7 +24,7 @@ CURVES = {
 
 
 class GatedMlp(nnx.Module):
-    """`down(curve(gate x) * up x)`. Shazeer 2020, arXiv:2002.05202. Gate and up are one matmul."""
+    """`down(curve(gate x) * up x)`. Shazeer 2020, arXiv:2002.05202. Gate and up are one weight."""
 
     def __init__(self, cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs):
         linear = functools.partial(
@@ -41,9 +41,12 @@ class GatedMlp(nnx.Module):
         self.curve = GATES[cfg.arch.activation]
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        gate_up_BTCF = checkpoint_name(self.gate_up(x_BTD), "up")
-        gate_BTCF, up_BTCF = lax.split(gate_up_BTCF, (1, 1), axis=2)
-        h_BTF = (self.curve(gate_BTCF) * up_BTCF).squeeze(2)
+        if x_BTD.shape[1] == 1:  # a step of decoding: the weight is read once, as it lies
+            gate_BTCF, up_BTCF = lax.split(self.gate_up(x_BTD), (1, 1), axis=2)
+            gate_BTF, up_BTF = gate_BTCF.squeeze(2), up_BTCF.squeeze(2)
+        else:
+            gate_BTF, up_BTF = (checkpoint_name(y_BTF, "up") for y_BTF in self.gate_up.each(x_BTD))
+        h_BTF = self.curve(gate_BTF) * up_BTF
         # F is split over tensor: the sum over it crosses devices.
         return self.down(h_BTF)
 

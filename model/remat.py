@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 
+from model.kernels import cudnn
+
 Policy = Callable[..., Any]  # of a primitive, its operands' types and its parameters
 
 # The names, in the model, of what each kind of remat keeps, from least compute to least memory.
 REMAT = {
     "dots": ("qkv", "attention", "mid", "up"),  # recomputes norms, rotations and curves
+    "mlp": ("qkv", "attention", "mid"),  # and the matmul into the hidden units
     "attention": ("attention",),  # and all matmuls, but not attention
     "full": (),  # keeps the layer's input only
 }
@@ -22,7 +25,15 @@ def policy(remat: str) -> Policy:
     """For `jax.checkpoint`. "none" keeps all but what was gathered, which is gathered again."""
     if remat == "none":
         return own
-    return jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+    named = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
+    if "attention" not in REMAT[remat]:
+        return named
+
+    def with_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+        """cuDNN hands its output and log-sum-exp to the backward pass where no name reaches."""
+        return primitive.name.startswith(cudnn.PRIMITIVE) or named(primitive, *args, **params)
+
+    return with_attention
 
 
 def own(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -206,12 +206,14 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array,
         types_BT: jax.Array | None = None,
         *,
+        documents: int = 0,
         keep: tuple[str, ...] = (),
         cache: Cache | None = None,
     ) -> tuple[jax.Array, Parts]:
         """(hidden states after the last norm, extras of the layers).
 
-        `keep` says what Context does. With a cache the rows go on from what it holds.
+        `documents` and `keep` say what Context does. With a cache the rows go on from what it
+        holds.
         """
         cfg, rope = self.cfg, self.cfg.arch.rope
         x_BTD = self.embed(ids_BT, positions_BT, types_BT)
@@ -220,7 +222,7 @@ class Transformer(nnx.Module):
         if rope.local_theta:
             rotations["local"] = turn(rope.local_theta)
         held = None if cache is None else cache.lengths
-        context = Context(segments_BT, rotations, held, keep)
+        context = Context(segments_BT, rotations, documents, held, keep)
         graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         rest = [nnx.state(block) for block in self.rest]
         if cache is None:
@@ -267,14 +269,18 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         segments: jax.Array,
         weights: jax.Array,
+        *,
+        documents: int = 0,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of predicting `targets`, as LanguageHead.loss sums it; all [B, T].
+
+        `documents` is the most that a row has; 0: any number.
 
         With it what to tell of it: "nats" without any auxiliary loss and, of experts, the means
         over their layers of the router's balance, log(Z)^2 and largest load (MoeMlp), times the
         sum of `weights`, so that sums over micro-batches are means over the batch.
         """
-        x_BTD, extras = self.run(inputs, positions, segments)
+        x_BTD, extras = self.run(inputs, positions, segments, documents=documents)
         loss, nats = self.head.loss(x_BTD, self.table(), targets, weights)
         told = {"nats": nats}
         routers = [extra["router"] for extra in extras[0] if "router" in extra] + [

@@ -73,3 +73,33 @@ def test_rows_hold_what_the_plan_says():
         assert (made["segments"][row, at:] == 0).all()
     assert all(array.dtype == np.int32 for array in made.values())
     assert not any(array[-1].any() for array in made.values())
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_a_bound_of_documents_holds_for_every_row_and_loses_none(kind):
+    free, bound = (packing.plan(LENGTHS[kind], SEQ, most) for most in (0, 3))
+    counts = np.diff(bound.starts)
+    assert counts.min() >= 1 and counts.max() <= 3
+    pieces = [
+        sorted(zip(plan.document, plan.first, plan.length, strict=True)) for plan in (free, bound)
+    ]
+    assert pieces[0] == pieces[1]
+
+
+def test_across_documents_a_row_is_one_segment_with_places_of_its_own():
+    lengths = np.array([3, 5])
+    sequences = [np.arange(100 * i, 100 * i + n + 1) for i, n in enumerate(lengths)]
+    plan = packing.plan(lengths, 10)
+    apart, one = (
+        packing.fill(plan, [0, -1], sequences.__getitem__, 10, across=a) for a in (False, True)
+    )
+    assert apart["segments"][0].tolist() in (
+        [1] * 3 + [2] * 5 + [0] * 2,
+        [1] * 5 + [2] * 3 + [0] * 2,
+    )
+    assert one["segments"].tolist() == [[1] * 8 + [0] * 2, [0] * 10]
+    assert one["positions"].tolist() == [[*range(8), 0, 0], [0] * 10]
+    for name in ("inputs", "targets"):
+        np.testing.assert_array_equal(apart[name], one[name])
+        assert one[name].dtype == np.int32
+    assert one["segments"].dtype == one["positions"].dtype == np.int32

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from checkpoint.store import Saved, Store
+from tests.marks import mostly_slow
 
 
 @pytest.fixture
@@ -109,7 +110,9 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize(
+    "kind", mostly_slow(DAMAGES, "a bit flipped", "manifest missing", "NaN in parameters")
+)
 def test_the_run_goes_on_from_the_save_before_and_ends_as_if_undamaged(
     finished, run, command_line, kind
 ):
@@ -166,7 +169,9 @@ def test_restore_of_a_bad_step_refuses_and_names_the_others(run, command_line, t
     assert ended.code == 2 and not ended.batches and "1 values that are NaN" in ended.err
 
 
-@pytest.mark.parametrize("kind", ["a bit flipped", "note garbled", "NaN in parameters"])
+@pytest.mark.parametrize(
+    "kind", mostly_slow(["a bit flipped", "note garbled", "NaN in parameters"], "note garbled")
+)
 def test_restore_of_another_run_takes_its_newest_good_step_and_says_so(
     finished, run, command_line, tmp_path, kind
 ):

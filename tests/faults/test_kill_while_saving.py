@@ -62,7 +62,7 @@ def partial(folder) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.isdecimal()]
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_what_was_committed_survives_every_kill(tmp_path, kills):
     draw, torn, folder = random.Random(kills), 0, tmp_path / "checkpoints"
     folder.mkdir()
@@ -85,6 +85,7 @@ def test_what_was_committed_survives_every_kill(tmp_path, kills):
     print(json.dumps({"kills": kills, "torn": torn}))
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_saves_goes_on_and_leaves_no_partial_folder(
     finished, start, command_line, tmp_path
 ):

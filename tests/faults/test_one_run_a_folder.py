@@ -47,6 +47,7 @@ def test_where_nothing_can_be_locked_the_run_says_so_and_goes_on(tmp_path, monke
     assert "No locks available; see that no other run uses the folder" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_second_run_refuses_while_the_first_one_lives_and_not_after_its_kill(
     start, command_line, tmp_path
 ):

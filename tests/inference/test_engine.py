@@ -11,6 +11,7 @@ from inference.engine import Result, passes
 from inference.sampling import Sampling
 from model.config import Arch, Attention, Embeddings, Head, Rope
 from tests.inference.tiny import CFG, chain, engine_of, full_logits, spelled
+from tests.marks import mostly_slow
 from tests.meshes import hybrid
 from tests.model.test_decoder import MODELS, config
 
@@ -44,10 +45,14 @@ def compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+KINDS = [*((name, True) for name in CAUSAL), ("llama", False), ("gemma2", False)]
+
+
 @pytest.mark.parametrize(
-    ("name", "apart"), [*((name, True) for name in CAUSAL), ("llama", False), ("gemma2", False)]
+    "kind", mostly_slow(KINDS, ("llama", True), ("gpt2", True), ("gemma2", False))
 )
-def test_every_id_is_what_the_whole_text_says(name, apart):
+def test_every_id_is_what_the_whole_text_says(kind):
+    name, apart = kind
     engine = engine_of(config(name), apart=apart)
     prompt = [3, 1, 4]
     (found,) = new_ids(engine, [prompt], max_tokens=5)
@@ -73,7 +78,7 @@ def test_rows_with_settings_of_their_own_share_a_batch(engine):
     assert len({tuple(ids) for ids in together}) == 3
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize("sizes", mostly_slow([(2, 2, 2), (1, 1, 2)], (2, 2, 2)))
 def test_a_mesh_generates_what_one_device_generates(engine, sizes):
     split = engine_of(mesh=hybrid(*sizes), apart=True)
     for prompts in (PROMPTS, PROMPTS[:1]):
@@ -89,6 +94,7 @@ def test_a_prompt_in_passes_is_the_prompt_in_one(engine, monkeypatch):
     assert new_ids(engine, prompts) == whole
 
 
+@pytest.mark.slow
 def test_windows_shorter_than_the_prompt_and_the_text():
     cfg = config("gemma2")
     engine = engine_of(cfg)
@@ -98,6 +104,7 @@ def test_windows_shorter_than_the_prompt_and_the_text():
     assert found == z[len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_several_steps_a_call_change_nothing(engine):
     several = engine_of(apart=True, steps=4)
     for most in (1, 4, 6):
@@ -105,6 +112,7 @@ def test_several_steps_a_call_change_nothing(engine):
         assert new_ids(several, PROMPTS, max_tokens=most) == wanted
 
 
+@pytest.mark.slow
 def test_bfloat16_generates_too():
     cfg = CFG.__class__(**{**vars(CFG), "dtype": "bfloat16", "param_dtype": "bfloat16"})
     assert all(len(ids) == 6 for ids in new_ids(engine_of(cfg), PROMPTS))

@@ -13,6 +13,7 @@ from model import cache as caches
 from model import transformer
 from model.kernels.attention import blocked, cached, plain
 from model.matmul import einsum
+from tests.marks import mostly_slow
 from tests.model.tiny import TINY, WHOLE, random_params
 from tests.tolerance import assert_same
 
@@ -27,13 +28,14 @@ def drawn(tokens):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [3, 128, 300, 600])
+@pytest.mark.parametrize("tokens", mostly_slow([3, 128, 300, 600], 3, 300))
 def test_blocks_of_queries_attend_as_all_at_once(kind, tokens):
     draw = np.random.default_rng(1)
     segments = jnp.asarray(np.sort(draw.integers(1, 4, (ROWS, tokens))), jnp.int32)
     segments = segments.at[1, tokens // 2 :].set(0)
     args = (*drawn(tokens), segments)
-    assert_same(blocked(*args, scale=0.3, **kind), plain(*args, scale=0.3, **kind))
+    ours, right = (jax.jit(functools.partial(f, scale=0.3, **kind)) for f in (blocked, plain))
+    assert_same(ours(*args), right(*args))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -42,12 +44,13 @@ def test_tokens_after_a_cache_attend_as_the_whole_text(kind, more):
     lengths, size = np.array([7, 200]), 230
     total = int(lengths.max()) + more
     q, k, v = drawn(total)
-    whole = plain(q, k, v, jnp.ones((ROWS, total), jnp.int32), scale=0.3, **kind)
+    right, step = (jax.jit(functools.partial(f, scale=0.3, **kind)) for f in (plain, cached))
+    whole = right(q, k, v, jnp.ones((ROWS, total), jnp.int32))
     k_S, v_S = (jnp.pad(a, ((0, 0), (0, size - total), (0, 0), (0, 0))) for a in (k, v))
     held = jnp.moveaxis(k_S, 1, 3), jnp.moveaxis(v_S, 1, 2)
     tail = [jnp.stack([a[b, n : n + more] for b, n in enumerate(lengths)]) for a in (q, k, v)]
     # What lies in the cache after a row's tokens is not for it to see.
-    ours = cached(*tail, *held, jnp.asarray(lengths), scale=0.3, **kind)
+    ours = step(*tail, *held, jnp.asarray(lengths))
     assert_same(ours, jnp.stack([whole[b, n : n + more] for b, n in enumerate(lengths)]))
 
 

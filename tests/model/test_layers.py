@@ -82,15 +82,16 @@ def work(remat):
 
 
 def test_each_policy_recomputes_what_it_says(one_device):
-    # A layer has six matmuls (qkv, two of attention, out, gate with up, down) and the exponential
+    # A layer has seven matmuls (qkv, two of attention, out, gate, up, down) and the exponential
     # of its softmax; the head and its loss have three and one, kept whatever the policy.
-    kept = 6 + 12 + 3
+    kept = 7 + 14 + 3
     assert work("none") == (kept, 2)
     # The backward pass of attention itself needs its weights, so one matmul and the exponential.
     assert work("dots") == (kept + 1, 3)
+    assert work("mlp") == (kept + 3, 3)  # and gate and up
     # "attention" repeats the matmuls before and after attention, but not weights times values.
-    assert work("attention") == (kept + 4, 3)
-    assert work("full") == (kept + 5, 3)  # all but down: nothing in the backward pass asks for it
+    assert work("attention") == (kept + 5, 3)
+    assert work("full") == (kept + 6, 3)  # all but down: nothing in the backward pass asks for it
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_statistics_are_those_of_the_tokens_that_are_no_padding(one_device):
     x_BTD = np.random.default_rng(3).normal(size=(*SEGMENTS.shape, CFG.embed))
     own = jax.tree.map(lambda leaf: leaf[0], mlp)
     nnx.update(module, own)
-    y_BTD, stats = module(jnp.float32(x_BTD), jnp.asarray(SEGMENTS))
+    y_BTD, stats = jax.jit(module.__call__)(jnp.float32(x_BTD), jnp.asarray(SEGMENTS))
 
     real = x_BTD[SEGMENTS > 0]
     p_TE, log_Z, chosen = routing(own, real)
@@ -66,13 +66,13 @@ def test_a_router_that_prefers_one_expert_drops_no_token(one_device):
 def test_the_loss_holds_the_routers_losses_and_tells_them(one_device):
     weights = jnp.asarray(SEGMENTS > 0, jnp.float32) / 18
     plain = dataclasses.replace(CFG, arch=Arch(moe=dataclasses.replace(MOE, balance=0, z_loss=0)))
-    loss, told = decoder(CFG).loss(*rows(), weights)
-    without, same = decoder(plain).loss(*rows(), weights)
+    loss, told = jax.jit(decoder(CFG).loss)(*rows(), weights)
+    without, same = jax.jit(decoder(plain).loss)(*rows(), weights)
     assert_same(told, same)
     assert_same(without, told["nats"])
     assert_same(loss, without + 0.5 * told["router_balance"] + 0.25 * told["router_z"])
     assert float(told["router_load"]) > 1
-    doubled, _ = decoder(CFG).loss(*rows(), 2 * weights)
+    doubled, _ = jax.jit(decoder(CFG).loss)(*rows(), 2 * weights)
     assert_same(doubled, 2 * loss)
 
 

@@ -95,12 +95,16 @@ def results(text, name):
 def gathered(program):
     """(dims on a device, dims there when gathered) of each matrix of a layer and of the head."""
     mesh, params = jax.sharding.get_mesh(), program.state.params
-    matrices = [leaf for leaf in jax.tree.leaves(params["blocks"]) if "fsdp" in leaf.sharding.spec]
-    for leaf in (*matrices, params["head"]["table"]):
+    (block,) = params["blocks"].values() if isinstance(params["blocks"], dict) else params["blocks"]
+    leads = {"head": 0, "gate_up": 2}  # dims before those of a matrix: layers; gate and up
+    parts = {"head": params["head"]["table"], **block["attention"], **block["mlp"]}
+    for name, part in parts.items():
+        leaf = part["weight"] if isinstance(part, dict) else part
         spec = [None if dim == "fsdp" else dim for dim in leaf.sharding.spec]
         whole = NamedSharding(mesh, jax.P(*spec)).shard_shape(leaf.shape)
-        one = 0 if leaf is params["head"]["table"] else 1  # a stack leads with its layers
-        yield leaf.sharding.shard_shape(leaf.shape)[one:], whole[one:]
+        lead = leads.get(name, 1)
+        for _ in range(2 if name == "gate_up" else 1):
+            yield leaf.sharding.shard_shape(leaf.shape)[lead:], whole[lead:]
 
 
 def check_reduce_scatters(program, text):
@@ -110,6 +114,6 @@ def check_reduce_scatters(program, text):
         return Counter(tuple(sorted(n for n in shape if n > 1)) for shape in shapes)
 
     own, whole = map(counted, zip(*gathered(program), strict=True))
-    assert own.total() == 5  # qkv, out, gate with up, down; the head's table
+    assert own.total() == 6  # qkv, out, gate, up, down; the head's table
     assert counted(results(text, "reduce-scatter")) == own
     assert not counted(results(text, "all-reduce")).keys() & whole.keys()

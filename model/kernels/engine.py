@@ -1,0 +1,47 @@
+"""Which engine computes the attention of whole rows: the fastest that can, here."""
+
+import functools
+
+import jax
+from absl import logging
+
+from model.kernels import cudnn
+from model.kernels.attention import plain
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    documents: int = 0,
+    causal: bool = True,
+    softcap: float = 0.0,
+    **how: float,
+) -> jax.Array:
+    """As `attention.plain`, on one device's rows and heads; `documents`: the most of a row, 0: any.
+
+    On a GPU by cuDNN; where that does not apply, the reason is logged once.
+    """
+    if platform() == "gpu":
+        reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
+        if not reason:
+            how["documents"] = documents
+            return cudnn.attention(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
+        tell(reason)
+    how |= {"causal": causal, "softcap": softcap}
+    return plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
+
+
+def platform() -> str:
+    """Of the devices of the mesh in use: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = getattr(device, "platform", None) or jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+@functools.cache
+def tell(reason: str) -> None:
+    """Say once why attention is slower than it could be."""
+    logging.warning("plain attention, of memory [T, T]: %s", reason)
