@@ -7,7 +7,9 @@ from optim.config import OptimConfig
 from sharding.mesh import MeshConfig
 
 SMALL = Arch(head=Head(tied=True))
-LLAMA3 = Arch(rope=Rope(theta=500_000.0))  # Grattafiori et al. 2024, arXiv:2407.21783, table 3
+# Grattafiori et al. 2024, arXiv:2407.21783, table 3. Logits in bfloat16 and large chunks: half the
+# traffic of the softmax, fewer passes over the head's gradient.
+LLAMA3 = Arch(rope=Rope(theta=500_000.0), head=Head(chunk=8192, logits="bfloat16"))
 
 # 124M and 350M take the widths of GPT-2 small and medium, for comparison with it; 1B is
 # Llama-3.2-1B with a head of its own; 8B is Llama-3-8B.
@@ -21,6 +23,7 @@ MODELS = {
     ),
     "1B": ModelConfig(
         layers=16, embed=2048, heads=32, kv_heads=8, mlp=8192, vocab=128_256, remat="dots",
+        unroll=16,  # 4 % faster than a loop on an H100, 4 s more to compile
         arch=LLAMA3,
     ),
     "8B": ModelConfig(
@@ -30,6 +33,7 @@ MODELS = {
 }  # fmt: skip
 SEQ = {"124M": 1024, "350M": 2048, "1B": 8192, "8B": 8192}
 BATCH = {"124M": 64, "350M": 64, "1B": 8, "8B": 8}
+DOCUMENTS = {"124M": 8, "350M": 8, "1B": 16, "8B": 16}  # of a row at most: for flash attention
 LR = {"124M": 6e-4, "350M": 4e-4, "1B": 3e-4, "8B": 3e-4}
 
 
@@ -47,7 +51,9 @@ def get_config(size: str = "124M") -> Run:
     return Run(
         steps=20_000,
         model=MODELS[size],
-        data=DataConfig(tokenizer="bpe:32768", batch=BATCH[size], seq=SEQ[size]),
+        data=DataConfig(
+            tokenizer="bpe:32768", batch=BATCH[size], seq=SEQ[size], documents=DOCUMENTS[size]
+        ),
         optim=OptimConfig(lr=LR[size], warmup=500),
         mesh=MeshConfig(data=1, fsdp=-1),
         log=LogConfig(every=10),
