@@ -95,9 +95,9 @@ def results(text, name):
 def gathered(program):
     """(dims on a device, dims there when gathered) of each matrix of a layer and of the head."""
     mesh, params = jax.sharding.get_mesh(), program.state.params
-    (block,) = params["blocks"].values() if isinstance(params["blocks"], dict) else params["blocks"]
+    (block,) = params["blocks"].values()
     leads = {"head": 0, "gate_up": 2}  # dims before those of a matrix: layers; gate and up
-    parts = {"head": params["head"]["table"], **block["attention"], **block["mlp"]}
+    parts = {**block["attention"], **block["mlp"], "head": params["head"]["table"]}
     for name, part in parts.items():
         leaf = part["weight"] if isinstance(part, dict) else part
         spec = [None if dim == "fsdp" else dim for dim in leaf.sharding.spec]
