@@ -31,6 +31,7 @@ from training.loop import Loop
 from training.origin import Origin, resolve
 from training.summary import finish, print_run
 from training.text import open_text
+from training.watch import Watch
 
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run; default runs/RECIPE-TIME")
 RESTORE = flags.DEFINE_string(
@@ -40,6 +41,12 @@ PROFILE = flags.DEFINE_string("profile", None, "write a trace of steps START:STO
 COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of a cluster")
 PROCESSES = flags.DEFINE_integer("processes", None, "processes of the cluster")
 PROCESS = flags.DEFINE_integer("process", None, "number of this process, from 0")
+CONNECT = flags.DEFINE_float(
+    "connect_timeout", None, "seconds to wait for the other processes; default 20 with "
+    "--coordinator, 300 where a scheduler starts them"
+)  # fmt: skip
+HEARTBEAT = flags.DEFINE_float("heartbeat", 60, "seconds of silence after which a process is lost")
+STEP = flags.DEFINE_float("step_timeout", 1800, "seconds that a step may take; 0: any time")
 
 Batch = dict[str, jax.Array]  # inputs, targets, positions, segments: int32 [B, T]
 
@@ -206,14 +213,17 @@ def build(run: Run) -> Program:
 def train(run: Run) -> None:
     """The command, once its flags are a Run."""
     runtime.prepare()
-    with Lock() as lock:
-        train_in(lock, run)
-
-
-def train_in(lock: Lock, run: Run) -> None:
-    """`train` in a folder that the lock keeps from other runs."""
     with command.user_input():
-        meshes.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        watch = Watch(STEP.value)
+    with watch, Lock() as lock:
+        train_in(watch, lock, run)
+
+
+def train_in(watch: Watch, lock: Lock, run: Run) -> None:
+    """`train`, watched, in a folder that the lock keeps from other runs."""
+    with command.user_input():
+        cluster = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        watch.join(*cluster, run, timeout=CONNECT.value, heartbeat=HEARTBEAT.value)
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
         profile = Profile(workdir / "profile", PROFILE.value)
@@ -232,7 +242,7 @@ def train_in(lock: Lock, run: Run) -> None:
         program = build(run)
         with command.user_input():
             origin, state = origin.restore(program, text.loader)
-        with Loop(program, text, state, origin, workdir) as loop:
+        with Loop(program, text, state, origin, workdir, watch) as loop:
             print_run(program, text, loop.speed, workdir)
             loop.run_steps(signals, profile)
             finish(loop, workdir)

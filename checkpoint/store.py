@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from checkpoint import manifest
+from sharding import mesh as meshes
 
 Arrays = dict[str, jax.Array]
 SHAPE = "/.zarray"  # follows an array's name in the key of its shape
@@ -174,13 +175,14 @@ class Saved:
 
 
 def _room(folder: Path, need: int) -> None:
-    """OSError if the disk lacks `need` bytes. Half of the arrays' bytes will do: how far orbax
-    compresses them is unknown, and a disk that fills up on the way is told as well, with more
-    noise from its threads."""
+    """OSError, in all processes, if the disk of one lacks `need` bytes. Half of the arrays' bytes
+    will do: how far orbax compresses them is unknown, and a disk that fills up on the way is told
+    as well, with more noise from its threads."""
     free = shutil.disk_usage(folder).free
-    if free < need:
+    # Devices talk: a process that saves would wait for one that does not.
+    if meshes.agree(int(free < need)):
         why = f"No space left on device: {free:,} bytes free, and the state takes {2 * need:,}"
-        raise OSError(errno.ENOSPC, why)
+        raise OSError(errno.ENOSPC, why if free < need else "No space left for another process")
 
 
 def _raised_anyhow(record: logging.LogRecord) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -93,6 +94,15 @@ def run(
     sys.exit(code)
 
 
+def leave(error: Exit) -> NoReturn:
+    """End the process at once, from whatever thread, though the main one may wait for ever."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # waits if nobody reads
+    flush.start()
+    flush.join(1)
+    os.write(2, _line(f"error: {error}").encode(errors="replace"))
+    os._exit(error.code)
+
+
 def status(
     main: Callable[..., int | None],
     args: Sequence[str],
@@ -152,4 +162,8 @@ def _print(text: str) -> None:
 
 def _tell(message: str) -> None:
     sys.stdout.flush()
-    print(f"{usage.program().removeprefix('-m ')}: {message}", file=sys.stderr, flush=True)
+    print(_line(message), end="", file=sys.stderr, flush=True)
+
+
+def _line(message: str) -> str:
+    return f"{usage.program().removeprefix('-m ')}: {message}\n"

@@ -1,4 +1,4 @@
-"""The device mesh: its shape, its devices, and the processes that share it."""
+"""The device mesh: its shape, its devices, and what processes share of it."""
 
 import math
 from dataclasses import dataclass
@@ -81,27 +81,6 @@ def arrange(sizes: dict[str, int], devices: list) -> np.ndarray:
         own = ordered[i * each : (i + 1) * each]
         blocks[place] = mesh_utils.create_device_mesh(inner, own, allow_split_physical_axes=True)
     return np.block(blocks.tolist())
-
-
-def connect(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Join the other processes of the run, before the first use of a device.
-
-    With no argument, as JAX finds them in the environment (SLURM, TPU pods, Kubernetes, Open MPI);
-    outside such an environment the process is alone. ValueError for arguments that do not fit.
-    """
-    given = (coordinator, processes, process)
-    if any(value is not None for value in given):
-        if any(value is None for value in given):
-            raise ValueError("--coordinator, --processes and --process go together: give all three")
-        if not 0 <= process < processes:
-            raise ValueError(f"--process={process} must be 0 to {processes - 1}")
-        jax.distributed.initialize(coordinator, processes, process)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):
-            raise
 
 
 def own_rows(where: NamedSharding, rows: int) -> list[int]:

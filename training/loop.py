@@ -20,14 +20,18 @@ from monitor.signals import Signals
 from sharding import mesh as meshes
 from training.origin import Origin
 from training.text import Text
+from training.watch import COMPUTES, READS, Watch
 
 
 class Loop:
     """The steps of a run, with all that happens between them."""
 
-    def __init__(self, program: Any, text: Text, state: Any, origin: Origin, workdir: Path):
+    def __init__(
+        self, program: Any, text: Text, state: Any, origin: Origin, workdir: Path, watch: Watch
+    ):
         """`program` is a train.Program, `state` its train.State."""
         run = program.run
+        self.watch = watch
         self.program, self.run, self.text, self.state = program, run, text, state
         self.step = origin.step
         self.tokens = origin.note.get("tokens", 0)
@@ -52,7 +56,9 @@ class Loop:
         with jax.transfer_guard("disallow"):
             for step in range(self.step + 1, run.steps + 1):
                 profile.before(step)
+                self.watch.at(step, READS)
                 batch = next(self.text.loader)
+                self.watch.at(step, COMPUTES)
                 self.state, metrics = train_batch(self.state, self.program.place(batch.arrays))
                 if self.step % run.log.every == 0:
                     self.log()  # the step before, while the device works on this one
@@ -62,13 +68,14 @@ class Loop:
                 self.progress.step(step)
                 if due(step, run.eval.every) and step < run.steps:
                     self.evaluate()
-                stop = self.asked_to_stop(signals)
+                stop = self.watch.stop(step, signals.received)
                 self.check_saves()
                 if due(step, run.checkpoint.every) or stop or step == run.steps or self.retry():
                     self.save(wait=bool(stop) or step == run.steps)
                 if stop:
                     self.stop(stop)
             self.evaluate()
+        self.watch.done()
 
     def log(self) -> None:
         """Fetch the metrics of the steps since the last log and write the last one's row."""
@@ -103,7 +110,7 @@ class Loop:
         self.log()
         if not self.text.held_out.batches:
             return
-        with self.speed.pause():
+        with self.speed.pause(), self.watch.rest():
             sums = [
                 self.evaluate_batch(self.state.params, self.program.place(arrays))
                 for arrays in self.text.held_out.batches
@@ -121,7 +128,7 @@ class Loop:
         self.log()
         note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
         error = None
-        with self.speed.pause():
+        with self.speed.pause(), self.watch.rest():
             try:
                 tokenizer = json.loads(self.text.tokenizer.to_json())
                 self.saves.save(self.step, self.state, note, tokenizer)
@@ -160,12 +167,6 @@ class Loop:
         """Whether to save for an earlier save that failed."""
         waited = self.retry_from is not None and self.step >= self.retry_from
         return waited and due(self.step, self.run.log.every)
-
-    def asked_to_stop(self, signals: Signals) -> int:
-        """The signal that one of the processes received, 0 if none; they ask at logged steps."""
-        if jax.process_count() == 1:
-            return signals.received
-        return meshes.agree(signals.received) if due(self.step, self.run.log.every) else 0
 
     def stop(self, signum: int) -> None:
         """End the command."""

@@ -112,12 +112,16 @@ class Origin:
             return self, program.begin(self.weights.params(program.state.params))
         if self.saved is None:
             return self, program.fresh()
+        why, state = "", None
         try:
             state = self.saved.restore(program.state)
         except ValueError as error:
             if not self.own:  # of another model, which the user can mend
                 raise
-            return self._without(str(error)).restore(program, loader)
+            why = str(error)
+        if meshes.agree(int(bool(why))):
+            del state
+            return self._without(why or self._elsewhere(self.saved)).restore(program, loader)
         broken = not_finite(state)
         if broken:
             del state
@@ -160,7 +164,7 @@ class Origin:
                 return dataclasses.replace(
                     self, saved=saved, note=note, told=told, older=older, bad=tuple(bad)
                 )
-            why = why or f"{saved.folder}: another process found it damaged, and tells how"
+            why = why or self._elsewhere(saved)
             bad.append((saved, why))
             if len(self.older) + len(self.bad) > 1:
                 self._tell(saved, why)
@@ -173,6 +177,10 @@ class Origin:
             f"{path} has no good step: {whys}. Nothing was deleted; to begin anew, take another "
             f"--workdir and no --restore of this one"
         )
+
+    @staticmethod
+    def _elsewhere(saved: store.Saved) -> str:
+        return f"{saved.folder}: another process found it damaged, and tells how"
 
     def _tell(self, saved: store.Saved, why: str) -> None:
         """One line of a bad save, by process 0 or by the one that knows more."""

@@ -6,5 +6,6 @@ from tests.training.conftest import (  # noqa: F401
     finished,
     recipe,
     session_command,
+    several,
     start,
 )

@@ -61,8 +61,6 @@ def test_devices_that_do_not_divide_are_refused(config, devices, message):
         (lambda: Layout(batch=None, embed="data"), "embed on data needs batch or sequence on data"),
         (lambda: Layout(sequence="data"), "batch and sequence of one array .* both be on data"),
         (lambda: Layout(sequence="tensor"), "sequence and heads .* both be on tensor"),
-        (lambda: meshes.connect("a:1", None, 0), "go together: give all three"),
-        (lambda: meshes.connect("a:1", 2, 2), "--process=2 must be 0 to 1"),
     ],
 )
 def test_what_cannot_be_split_says_why(wrong, message):

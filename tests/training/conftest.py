@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import random
+import re
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from configs.load import ROOT
 from costs import devices
 from data.loader import Loader
 from monitor import metrics
-from sharding import mesh as meshes
+from sharding.cluster import join
 from training import text
 
 RECIPE = '''"""A run of seconds."""
@@ -155,8 +158,7 @@ def session_command(recipe, compiled):
         out, err = Stream(), Stream()
         with contextlib.ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
-            if not any("--process" in arg or "--coordinator" in arg for arg in args):
-                patch.setattr(meshes, "connect", lambda *_: None)  # JAX is in use already
+            patch.setattr(join, "detected", lambda: None)  # wherever the tests run
             patch.setattr(devices, "measured_matmul_rate", lambda *_: 1e11)
             patch.setattr(text, "Loader", Recorded)
             patch.setattr(Recorded, "batches", [])
@@ -213,11 +215,13 @@ def finished(session_command, tmp_path_factory):
 
 
 DRIVER = '''
-"""train.py whose loader notes its samples in a file, and can signal its own process."""
+"""train.py whose loader notes its samples in a file, and does harm at the batches it is told."""
 
 import json
 import os
+import shutil
 import signal
+import threading
 
 import train
 from configs import command
@@ -235,6 +239,12 @@ class Noted(Loader):
             file.write(json.dumps(batch.samples) + "\\n")
         if os.environ.get("SIGNAL_AT") == str(Noted.count):
             os.kill(os.getpid(), signal.SIGTERM)
+        if os.environ.get("HANG_AT") == str(Noted.count):
+            threading.Event().wait()
+        if os.environ.get("FAIL_AT") == str(Noted.count):
+            raise RuntimeError("a fault of this process alone")
+        if os.environ.get("NO_ROOM_AT") == str(Noted.count):
+            shutil.disk_usage = lambda _: (0, 0, 0)
         if os.environ.get("SPOIL_AT") == str(Noted.count):
             folder = train.WORKDIR.value + "/checkpoints"
             os.rename(folder, folder + "-moved")
@@ -268,6 +278,15 @@ class Process(subprocess.Popen):
             pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
         return self.returncode, out, err
 
+    def wait_for(self, pattern: str, timeout: float = 120) -> None:
+        """Read stdout up to a line that begins so."""
+        late = threading.Timer(timeout, self.kill)
+        late.start()
+        found = any(re.match(pattern, line) for line in self.stdout)
+        late.cancel()
+        if not found:
+            pytest.fail(f"no line began with {pattern!r}\n{self.communicate()}")
+
     def samples(self) -> list:
         """By batch and row, what the loader gave."""
         return [json.loads(line) for line in self.notes.read_text().splitlines()]
@@ -298,3 +317,26 @@ def start(recipe, compiled, tmp_path):
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture
+def several(start, tmp_path):
+    """`several(count, *args, each=({...}, ...))`: processes of one run in the folder `run`, and
+    each one's environment, with arguments of its own as `args`."""
+
+    def several(count: int, *args: str, each: Sequence[dict] = ()) -> list[Process]:
+        at = (*args, f"--coordinator=127.0.0.1:{free_port()}", f"--processes={count}")
+        started = []
+        for k in range(count):
+            environment = dict(each[k]) if k < len(each) else {}
+            own = environment.pop("args", ())
+            started.append(start(tmp_path / "run", *at, f"--process={k}", *own, **environment))
+        return started
+
+    return several

@@ -1,124 +1,133 @@
 """train.py in processes of its own: signals from outside, and several processes of one run."""
 
 import json
+import os
 import re
+import shutil
 import signal
-import socket
 
 import pytest
 
 from tests.tolerance import SAME
+from tests.training.conftest import Ended
 
 slow = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+PATIENCE = 240  # seconds for what takes ten on a machine that does nothing else
+NO_SAMPLE = "--config.sample.tokens=0"
 
 
 @pytest.fixture
-def pair(start, tmp_path):
-    """`pair(*args, environments=({}, {}))`: two processes of one run in the folder `run`."""
-
-    def pair(*args: str, environments=({}, {})):
-        at = f"--coordinator=127.0.0.1:{free_port()}"
-        return [
-            start(tmp_path / "run", *args, at, "--processes=2", f"--process={k}", **environment)
-            for k, environment in enumerate(environments)
-        ]
-
-    return pair
+def run(tmp_path) -> Ended:
+    """What several processes leave in their folder."""
+    return Ended(0, "", "", [], tmp_path / "run")
 
 
-def losses(folder) -> dict[int, float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [row["step"] for row in rows if "loss" in row]
-    assert steps == sorted(set(steps))
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+def all_end(processes, code: int = 0) -> list[tuple[str, str]]:
+    """(stdout, stderr) of each, once they have ended with `code`."""
+    ends = [process.end(PATIENCE) for process in processes]
+    assert [end[0] for end in ends] == [code] * len(ends), ends
+    assert not any("Traceback" in err for _, _, err in ends), ends
+    return [(out, err) for _, out, err in ends]
 
 
-def saved(folder) -> list[str]:
-    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+def up_to(finished, step: int, folder) -> None:
+    """The folder of the undisturbed run, as if it had been killed at a step."""
+    shutil.copytree(finished.workdir, folder)
+    for later in (folder / "checkpoints").iterdir():
+        if int(later.name) > step:
+            shutil.rmtree(later)
 
 
 @slow
-def test_ctrl_c_saves_and_ends_with_its_code(start, tmp_path):
-    process = start(tmp_path / "run", "--config.steps=1000000", "--config.checkpoint.every=0")
-    for line in process.stdout:
-        if re.match(r"step +4/", line):
-            break
+def test_ctrl_c_saves_and_ends_with_its_code(start, run):
+    process = start(run.workdir, "--config.steps=1000000", "--config.checkpoint.every=0")
+    process.wait_for(r"step +4/")
     process.send_signal(signal.SIGINT)
-    code, _, err = process.end(30)
+    code, _, err = process.end(PATIENCE)
     assert code == 130, err
     step = re.search(r"stopped by SIGINT, step (\d+) saved; the same command goes on", err)[1]
-    assert saved(tmp_path / "run") == [step] and int(step) >= 4
+    assert run.steps_saved() == [int(step)] and int(step) >= 4
     assert "Traceback" not in err
 
 
 @slow
-def test_a_checkpoints_folder_that_vanishes_is_not_taken_for_saved(start, tmp_path):
-    process = start(tmp_path / "run", SPOIL_AT="6")
-    code, out, err = process.end()
+def test_a_checkpoints_folder_that_vanishes_is_not_taken_for_saved(start, run):
+    process = start(run.workdir, SPOIL_AT="6")
+    code, out, err = process.end(PATIENCE)
     assert code == 5, err
     assert "is not saved" in out and "step 12 could not be saved" in err
 
 
-@slow
-def test_two_processes_are_one_run_also_when_both_are_stopped_and_go_on(finished, pair, tmp_path):
-    run, both = tmp_path / "run", ({"SIGNAL_AT": "3"}, {"SIGNAL_AT": "3"})
-    before = pair(environments=both)
-    ends = [process.end() for process in before]
-    assert [code for code, _, _ in ends] == [143, 143], ends
-    assert saved(run) == ["4"]  # they agree at logged steps
-    after = pair()
-    ends = [process.end() for process in after]
-    assert [code for code, _, _ in ends] == [0, 0], ends
-    assert losses(run) == pytest.approx(finished.losses(), rel=SAME)
-    assert saved(run) == ["12", "4", "8"]
+def test_two_processes_are_one_run(finished, several, run):
+    processes = several(2, NO_SAMPLE)
+    (out, _), (silence, _) = all_end(processes)
+    assert run.losses() == pytest.approx(finished.losses(), rel=SAME)
+    assert run.steps_saved() == finished.steps_saved()
     # Each reads its own half of every batch.
-    first, last = (a.samples() + b.samples() for a, b in zip(before, after, strict=True))
     whole = [json.loads(json.dumps(batch.samples)) for batch in finished.batches]
-    for a, b, rows in zip(first, last, whole, strict=True):
-        assert len(a) == len(b) == 4 and a + b == rows
+    a, b = (process.samples() for process in processes)
+    assert len(a[0]) == len(b[0]) == 4
+    assert [x + y for x, y in zip(a, b, strict=True)] == whole
     # Only the first one speaks and writes.
-    (_, out, _), (_, silence, _) = ends
     assert "step 12/12" in out and set(re.findall(r"(?m)^\S+", silence)) <= {"[Gloo]"}
-    assert len(list((run / "tensorboard").iterdir())) == 2
+    assert len(list((run.workdir / "tensorboard").iterdir())) == 1
 
 
 @slow
-def test_a_signal_to_one_of_two_stops_both_and_one_process_goes_on(
-    finished, pair, tmp_path, command_line
-):
-    ends = [process.end() for process in pair(environments=({}, {"SIGNAL_AT": "5"}))]
-    assert [code for code, _, _ in ends] == [143, 143], ends
-    assert "stopped by SIGTERM, step 6 saved" in ends[0][2]
-    assert saved(tmp_path / "run") == ["4", "6"]
-    ended = command_line(workdir=tmp_path / "run")
-    assert ended.code == 0, ended.err
-    assert losses(tmp_path / "run") == pytest.approx(finished.losses(), rel=SAME)
-    assert [b.samples for b in ended.batches] == [b.samples for b in finished.batches[6:12]]
+def test_what_four_processes_save_one_restores(finished, several, run, command_line, tmp_path):
+    all_end(several(4, "--config.mesh.data=2", "--config.mesh.fsdp=2"))
+    assert run.losses() == pytest.approx(finished.losses(), rel=SAME)
+    for step in (4, 8, 12):
+        folder = run.workdir / "checkpoints" / str(step)
+        assert {file.name for file in (folder / "state").glob("ocdbt.process_*")} >= {
+            f"ocdbt.process_{k}" for k in range(2)
+        }
+    copy = tmp_path / "copy"
+    up_to(run, 8, copy)
+    ended = command_line(workdir=copy)
+    assert ended.code == 0 and re.search(r"restored   step 8 ", ended.out), ended.err
+    assert ended.losses() == pytest.approx(finished.losses(), rel=SAME)
+    assert [b.samples for b in ended.batches] == [b.samples for b in finished.batches[8:12]]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (("--coordinator=127.0.0.1:1", "--processes=2"), "go together: give all three"),
-        (("--processes=2", "--process=0"), "go together: give all three"),
-        (("--process=0",), "go together: give all three"),
-        (
-            ("--coordinator=127.0.0.1:1", "--processes=2", "--process=2"),
-            "--process=2 must be 0 to 1",
-        ),
-        (
-            ("--coordinator=127.0.0.1:1", "--processes=2", "--process=-1"),
-            "--process=-1 must be 0 to 1",
-        ),
-    ],
-)
-def test_processes_that_cannot_be_are_refused(command_line, args, message):
-    ended = command_line(*args)
-    assert ended.code == 2 and message in ended.err
-    assert not ended.workdir.exists()
+@slow
+def test_what_one_process_saves_four_restore(finished, several, run):
+    up_to(finished, 4, run.workdir)
+    processes = several(4, "--config.mesh.tensor=2", "--config.mesh.data=2")
+    (out, _), *_ = all_end(processes)
+    assert re.search(r"restored   step 4 ", out)
+    assert run.losses() == pytest.approx(finished.losses(), rel=SAME)
+    # The two that share rows read the same ones.
+    a, b, c, d = (process.samples() for process in processes)
+    whole = [json.loads(json.dumps(batch.samples)) for batch in finished.batches[4:12]]
+    assert a == b and c == d and [x + y for x, y in zip(a, c, strict=True)] == whole
+
+
+@slow
+def test_two_processes_of_two_devices_are_one_run(finished, several, run):
+    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+    all_end(several(2, NO_SAMPLE, "--config.mesh.fsdp=4", each=[{"XLA_FLAGS": flags}] * 2))
+    assert run.losses() == pytest.approx(finished.losses(), rel=SAME)
+
+
+@slow
+def test_a_signal_to_one_stops_both_at_one_step_and_they_go_on_from_it(finished, several, run):
+    ends = all_end(several(2, each=[{}, {"SIGNAL_AT": "5"}]), code=143)
+    for _, err in ends:
+        step = int(re.search(r"stopped by SIGTERM, step (\d+) saved; the same", err)[1])
+    assert 5 <= step <= 7 and run.steps_saved() == sorted({4, step})
+    # One of them finds that save damaged; they fall back to the same one.
+    files = (run.workdir / "checkpoints" / str(step)).glob("state/**/d/*")
+    os.truncate(max(files, key=os.path.getsize), 9)
+    (out, _), (other, _) = all_end(several(2, NO_SAMPLE))
+    assert f"bad save   step {step}" in out + other and re.search(r"restored   step 4 ", out)
+    losses = finished.losses()
+    assert {k: v for k, v in run.losses().items() if k in losses} == pytest.approx(losses, rel=SAME)
+
+
+@slow
+def test_a_save_that_one_process_has_no_room_for_is_told_and_costs_no_other(several, run):
+    (out, _), _ = all_end(several(2, NO_SAMPLE, each=[{}, {"NO_ROOM_AT": "4"}]), code=5)
+    told, *_ = re.findall(r"step \d+ is not saved: .*", out)
+    assert "No space left for another process; training goes on" in told
+    assert run.steps_saved() == []
