@@ -180,22 +180,22 @@ class Ring:
 
     def forward(self, q_BTKGH, k_BTKH, v_BTKH, segments_BT):
         """(o [B, T, K, G, H], lse [B, T, K, G]): a device's queries over the keys of all."""
-        queries = self.chunked((q_BTKGH, segments_BT))
-        keys = self.chunked((k_BTKH, v_BTKH, segments_BT))
+        keys, places = self.keys(k_BTKH, v_BTKH, segments_BT)
+        queries = self.chunked(q_BTKGH), self.chunked(segments_BT)
         zeros = jnp.zeros_like(queries[0], jnp.float32)
         sums = zeros, jnp.full_like(zeros[..., 0], UNSEEN)
 
         def attend(keys, part, q_at, k_at, sums):
             """The sums with what one pair of chunks adds."""
             query, q_segments, o, lse = first((*queries, *sums), q_at, part)
-            key, value, k_segments = last(keys, k_at, part)
-            how = {"causal": part.causal, "window": part.window}
-            more = self.block.forward(query, key, value, q_segments, k_segments, **how)
+            both, k_segments = last(keys, k_at, part)
+            args = query, both[:, :, 0], both[:, :, 1], q_segments, k_segments
+            more = self.block.forward(*args, causal=part.causal, window=part.window)
             return put(sums, merge((o, lse), more), q_at, 0)
 
         for visit, hop in zip(self.plan, self.hops, strict=True):
             keys, sums = lax.optimization_barrier((keys, sums))  # no more than one on its way
-            visitor = keys
+            visitor = keys, self.visiting(places, visit)
             if visit is not self.plan[-1]:
                 # Devices talk: the next keys are on their way while these are worked on.
                 keys = self.pass_on(self.seen(keys), hop)
@@ -206,46 +206,60 @@ class Ring:
 
     def backward(self, q_BTKGH, k_BTKH, v_BTKH, segments_BT, o_BTKGH, lse_BTKG, do_BTKGH):
         """(dq, dk, dv) of a device's queries and keys, for its part of the output's gradient."""
-        queries = self.chunked((q_BTKGH, segments_BT, o_BTKGH, lse_BTKG, do_BTKGH))
-        keys = self.chunked((k_BTKH, v_BTKH, segments_BT))
-        dq, own, moving = jnp.zeros_like(queries[0], jnp.float32), [], []
+        keys, places = self.keys(k_BTKH, v_BTKH, segments_BT)
+        rows = q_BTKGH, segments_BT, o_BTKGH, lse_BTKG, do_BTKGH
+        queries = tuple(map(self.chunked, rows))
+        dq, own, moving = jnp.zeros_like(queries[0], jnp.float32), None, None
 
         def attend(keys, part, q_at, k_at, sums):
             """The sums with what one pair of chunks adds."""
             query, q_segments, o, lse, do = first(queries, q_at, part)
-            key, value, k_segments = last(keys, k_at, part)
-            how = {"causal": part.causal, "window": part.window}
-            args = query, key, value, q_segments, k_segments, o, lse, do
-            dq, *dkv = self.block.backward(*args, **how)
+            both, k_segments = last(keys, k_at, part)
+            args = query, both[:, :, 0], both[:, :, 1], q_segments, k_segments, o, lse, do
+            dq, dk, dv = self.block.backward(*args, causal=part.causal, window=part.window)
             dq += first(sums[:1], q_at, part)[0]
-            dkv = add(last(sums[1:], k_at, part), dkv)
-            at = keys[0].shape[2] - part.tokens
-            return *put(sums[:1], (dq,), q_at, 0), *put(sums[1:], dkv, k_at, at)
+            dkeys = jnp.stack([dk, dv], axis=2) + last(sums[1:], k_at, part)[0]
+            start = keys[0].shape[2] - part.tokens
+            return *put(sums[:1], (dq,), q_at, 0), *put(sums[1:], (dkeys,), k_at, start)
 
         before = 0
         for visit, hop in zip(self.plan, self.hops, strict=True):
             keys, moving, dq = lax.optimization_barrier((keys, moving, dq))
-            visitor = keys
+            visitor = keys, self.visiting(places, visit)
             # Devices talk: as in the forward pass, and gradients follow the keys that they are of.
             if visit is not self.plan[-1]:
                 keys = self.pass_on(self.seen(keys), hop)
-            moving, before = self.pass_on(moving, before), hop
-            sums = dq, *(jnp.zeros_like(a, jnp.float32) for a in visitor[:2])
+            if moving is not None:
+                moving = self.pass_on(moving, before)
+            sums = dq, jnp.zeros_like(visitor[0], jnp.float32)
             for slot in visit.slots:
                 sums = self.each(slot, functools.partial(attend, visitor), sums)
-            dq, *more = sums
+            dq, more = sums
             if visit is self.plan[0]:
                 own = more
             else:
-                moving = add(moving, more) if moving else more
-        if moving:
+                moving = more if moving is None else moving + more
+            before = hop
+        if moving is not None:
             # Devices talk: the gradients come home.
             moving = self.pass_on(moving, before)
-            unseen = own[0].shape[2] - moving[0].shape[2]
-            wide = [jnp.pad(a, [(0, 0), (0, 0), (unseen, 0), (0, 0), (0, 0)]) for a in moving]
-            own = add(own, wide)
-        grads = zip((dq, *own), (q_BTKGH, k_BTKH, v_BTKH), strict=True)
+            unseen = own.shape[2] - moving.shape[2]
+            own += jnp.pad(moving, [(0, 0), (0, 0), (unseen, 0), *[(0, 0)] * 3])
+        dk, dv = own[:, :, :, 0], own[:, :, :, 1]
+        grads = zip((dq, dk, dv), (q_BTKGH, k_BTKH, v_BTKH), strict=True)
         return tuple(grad.reshape(a.shape).astype(a.dtype) for grad, a in grads)
+
+    def keys(self, k_BTKH, v_BTKH, segments_BT) -> tuple[jax.Array, jax.Array]:
+        """(keys and values [B, C, N, 2, K, H], the segments of all devices [P, B, C, N])."""
+        # One array, because a GPU sends one at a time while it works.
+        keys = self.chunked(jnp.stack([k_BTKH, v_BTKH], axis=2))
+        # Devices talk: segments are small, so each gets those of all at once.
+        return keys, lax.all_gather(self.chunked(segments_BT), self.axes)
+
+    def visiting(self, places: jax.Array, visit: Visit) -> jax.Array:
+        """The visitor's part, [B, C, N], of the segments of all."""
+        device = (lax.axis_index(self.axes) - visit.shift) % self.ways
+        return lax.dynamic_index_in_dim(places, device, keepdims=False)
 
     @property
     def hops(self) -> list[int]:
@@ -253,16 +267,16 @@ class Ring:
         shifts = [*(visit.shift for visit in self.plan), self.ways]
         return [b - a for a, b in itertools.pairwise(shifts)]
 
-    def seen(self, keys: Sequence[jax.Array]) -> list[jax.Array]:
+    def seen(self, keys: jax.Array) -> jax.Array:
         """Of each chunk what other devices see of it: its last tokens."""
         slots = itertools.chain(*(visit.slots for visit in self.plan[1:]))
         most = max(pair.part.tokens for pair in itertools.chain(*slots) if pair)
-        return [a[:, :, -most:] for a in keys]
+        return keys[:, :, -most:]
 
-    def pass_on(self, arrays: Any, hop: int) -> Any:
-        """Those of the device `hop` before this one."""
+    def pass_on(self, array: jax.Array, hop: int) -> jax.Array:
+        """That of the device `hop` before this one."""
         to = [(i, (i + hop) % self.ways) for i in range(self.ways)]
-        return lax.ppermute(arrays, self.axes, to)
+        return lax.ppermute(array, self.axes, to)
 
     def each(self, slot: Slot, work: Callable[..., Any], sums: Any) -> Any:
         """`work(part, q, k, sums)` for this device's pair; where it has none, `sums` untouched."""
@@ -281,9 +295,9 @@ class Ring:
             return values[0]
         return jnp.asarray(values, jnp.int32)[lax.axis_index(self.axes)]
 
-    def chunked(self, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def chunked(self, a: jax.Array) -> jax.Array:
         """[B, T, ...] as [B, C, N, ...]."""
-        return tuple(a.reshape(a.shape[0], self.share, -1, *a.shape[2:]) for a in arrays)
+        return a.reshape(a.shape[0], self.share, -1, *a.shape[2:])
 
 
 def first(arrays: Sequence[jax.Array], chunk: int | jax.Array, part: Part) -> list[jax.Array]:
@@ -311,11 +325,6 @@ def put(
         return lax.dynamic_update_slice(a, part[:, None].astype(a.dtype), at)
 
     return tuple(one(a, part) for a, part in zip(arrays, parts, strict=True))
-
-
-def add(ours: Sequence[jax.Array], more: Sequence[jax.Array]) -> list[jax.Array]:
-    """The sum of each two."""
-    return [a + b for a, b in zip(ours, more, strict=True)]
 
 
 def merge(ours: Sequence[jax.Array], more: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
