@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from model.config import ModelConfig
 from model.layers import Linear
 from model.mlp import GATES
+from model.remat import from_arguments
 from sharding import stages
 from sharding.expert import Copies, Exchange, collect, spread
 from sharding.gather import axes_of
@@ -106,8 +107,8 @@ class MoeMlp(nnx.Module):
         # Devices talk, backward: each holds a part of F, and what these ask of x is summed.
         x_ND, weight_NA = lax.pcast((x_ND, weight_NA), split.hidden, to="varying")
         through = functools.partial(self.through, split)
-        if split.experts:  # of N devices' rows nothing is kept for the backward pass
-            through = jax.checkpoint(through)
+        if split.experts:  # what holds the rows of other devices is too large to keep
+            through = from_arguments(through)
         y_ND = through(x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf)
         # Devices talk: F is split over tensor, and the sum over it crosses devices.
         y_ND = lax.psum(y_ND, split.hidden) if split.hidden else y_ND

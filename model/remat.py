@@ -39,3 +39,23 @@ def policy(remat: str) -> Policy:
 def own(primitive: Any, *_: Any, **__: Any) -> bool:
     """Whether a primitive's result is none that was gathered."""
     return not primitive.name.startswith(GATHERS)
+
+
+def from_arguments(f: Callable) -> Callable:
+    """`f`, of which the backward pass keeps the arguments and makes the rest again.
+
+    As `jax.checkpoint` without a policy, but also inside a layer whose own policy keeps more: that
+    would look into a checkpoint of `f` as well.
+    """
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return f(*args)
+
+    def backward(args: Any, cotangents: Any) -> Any:
+        # XLA would see that all of this has been done, and keep it from the forward pass.
+        args, cotangents = jax.lax.optimization_barrier((args, cotangents))
+        return jax.vjp(f, *args)[1](cotangents)
+
+    call.defvjp(lambda *args: (f(*args), args), backward)
+    return call

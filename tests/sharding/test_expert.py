@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 
+from costs import targets
 from sharding import expert
 from sharding import mesh as meshes
 from sharding.expert import Copies, Exchange
@@ -48,32 +49,29 @@ def drawn(P):
     return np.random.default_rng(1).normal(size=(P * N, D)).astype(np.float32)
 
 
-@functools.cache
-def there_and_back(P):
-    """Gradient and value of sum(sin(y)), y_n = sum over n's devices p of (p + 1) x_n^2."""
-    mesh = mesh_of(P, tensor=8 // P)
+def local(x_ND, device_NA):
+    """y_n = sum over n's devices p of (p + 1) x_n^2."""
+    exchange = Exchange.plan(device_NA, ("expert",))
+    x_RD = exchange.send(x_ND)
+    y_RD = (lax.axis_index("expert") + 1) * x_RD**2
+    # What is in no token's row must reach nobody.
+    return exchange.bring(jnp.where(exchange.arrived[:, None], y_RD, jnp.nan))
 
-    def local(x_ND, device_NA):
-        exchange = Exchange.plan(device_NA, ("expert",))
-        x_RD = exchange.send(x_ND)
-        y_RD = (lax.axis_index("expert") + 1) * x_RD**2
-        # What is in no token's row must reach nobody.
-        return exchange.bring(jnp.where(exchange.arrived[:, None], y_RD, jnp.nan))
 
-    def total(x, device):
-        y = jax.shard_map(local, out_specs=ROWS)(x, device)
-        return jnp.sum(jnp.sin(y)), y
-
-    return mesh, jax.jit(jax.value_and_grad(total, has_aux=True))
+@jax.jit
+@functools.partial(jax.value_and_grad, has_aux=True)
+def there_and_back(x, device):
+    """((sum(sin(y)), y), gradient)."""
+    y = jax.shard_map(local, out_specs=ROWS)(x, device)
+    return jnp.sum(jnp.sin(y)), y
 
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("P", [2, 8])
 def test_a_token_goes_once_to_each_of_its_devices_and_comes_back(P, load):
-    mesh, step = there_and_back(P)
-    device, x = choices(P, load), drawn(P)
+    mesh, device, x = mesh_of(P, tensor=8 // P), choices(P, load), drawn(P)
     with jax.set_mesh(mesh):
-        (_, y), grad = step(*placed(mesh, x, device))
+        (_, y), grad = there_and_back(*placed(mesh, x, device))
     factor = np.array([sum(set(own + 1)) for own in device], np.float64)[:, None]
     assert_formula(y, factor * x**2)
     assert_formula(grad, np.cos(factor * x**2.0) * factor * 2 * x)
@@ -141,11 +139,29 @@ def test_spread_and_collect_are_each_others_transpose():
 @pytest.mark.parametrize(("platform", "ragged"), [("cpu", 0), ("cuda", 4), ("tpu", 4)])
 def test_tokens_travel_ragged_where_the_platform_can(platform, ragged):
     """Two forward, two backward. Lowered for the platform; no device of it is needed."""
-    mesh, step = there_and_back(2)
+    mesh = mesh_of(2)
     with jax.set_mesh(mesh):
-        traced = step.trace(*placed(mesh, drawn(2), choices(2, "random")))
+        traced = there_and_back.trace(*placed(mesh, drawn(2), choices(2, "random")))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert len(re.findall(r"@ragged_all_to_all\(", text)) == ragged
     assert (
         len(re.findall(r"all_to_all\"?\(", text.replace("@ragged_all_to_all(", ""))) == 5 - ragged
     )
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e-8", "v5p-8", "h100x8"])
+def test_the_ragged_exchange_compiles_for_hardware_that_is_not_here(target):
+    try:
+        devices = targets.devices_of(target)
+    except ValueError as error:
+        pytest.skip(str(error))
+    mesh = meshes.make(MeshConfig(data=1, expert=8), devices)
+    with jax.set_mesh(mesh):
+        x, device = (
+            jax.ShapeDtypeStruct((8 * 256, n), dtype, sharding=NamedSharding(mesh, ROWS))
+            for n, dtype in ((512, jnp.bfloat16), (2, jnp.int32))
+        )
+        lowered = there_and_back.lower(x, device)
+        text = lowered.compile(compiler_options=targets.compiler_options(target)).as_text()
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", text)) == 4
