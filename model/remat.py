@@ -53,8 +53,9 @@ def from_arguments(f: Callable) -> Callable:
         return f(*args)
 
     def backward(args: Any, cotangents: Any) -> Any:
-        # XLA would see that all of this has been done, and keep it from the forward pass.
-        args, cotangents = jax.lax.optimization_barrier((args, cotangents))
+        # XLA would see that all of this has been done, and keep it from the forward pass. One
+        # barrier each: a joint one would take a copy on each device for values of its own.
+        args = jax.tree.map(jax.lax.optimization_barrier, args)
         return jax.vjp(f, *args)[1](cotangents)
 
     call.defvjp(lambda *args: (f(*args), args), backward)
