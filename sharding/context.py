@@ -119,8 +119,8 @@ class Block:
 
     forward(q_BTKGH, k_BSKH, v_BSKH, segments_BT, segments_BS, causal=, window=) gives the output
     [B, T, K, G, H] and the log-sum-exp [B, T, K, G] float32, of a query that sees no key UNSEEN or
-    less. backward(*the same, o, lse, do) gives (dq, dk, dv) for o and lse over all keys.
-    `causal` and `window` mean what they mean in Part, and are static.
+    less and any finite output. backward(*the same, o, lse, do) gives (dq, dk, dv), for o and lse
+    over all keys. `causal` and `window` mean what they mean in Part, and are static.
     """
 
     forward: Callable[..., tuple[jax.Array, jax.Array]]

@@ -106,7 +106,7 @@ def test_what_one_process_saves_four_restore(finished, several, run):
 @slow
 def test_two_processes_of_two_devices_are_one_run(finished, several, run):
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
-    all_end(several(2, NO_SAMPLE, "--config.mesh.fsdp=4", each=[{"XLA_FLAGS": flags}] * 2))
+    all_end(several(2, NO_SAMPLE, "--config.mesh.context=4", each=[{"XLA_FLAGS": flags}] * 2))
     assert run.losses() == pytest.approx(finished.losses(), rel=SAME)
 
 
