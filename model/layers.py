@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D embed, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,10 +94,13 @@ class Linear(nnx.Module):
         first = self.spec.partition(",")[2][0]
         spec, at = self.spec.replace(first, ""), self.spec.partition("->")[2].index(first)
         out = jax.P(*(axis for i, axis in enumerate(self.out) if i != at))
-        ys = [einsum(spec, x, w, out=out) for w in self.weight[...]]
+        dim = int(stages.in_flight(x))  # where the weight leads with the stages, that is next
+        own = functools.partial(lax.index_in_dim, axis=dim, keepdims=False)
+        numbers = range(self.weight[...].shape[dim])
+        ys = [einsum(spec, x, own(self.weight[...], i), out=out) for i in numbers]
         if self.bias is None:
             return ys
-        return [y + aligned(b.astype(y.dtype), y) for y, b in zip(ys, self.bias[...], strict=True)]
+        return [y + aligned(own(self.bias[...], i).astype(y.dtype), y) for i, y in enumerate(ys)]
 
 
 class RMSNorm(nnx.Module):

@@ -75,7 +75,7 @@ def test_text_goes_to_stdout_and_the_rates_to_stderr(call):
 @pytest.mark.parametrize(
     "lines",
     [
-        ["the fox", "a dog!"],
+        pytest.param(["the fox", "a dog!"], marks=pytest.mark.slow),
         pytest.param(['{"prompt": "the fox"}', '{"prompt": "a dog!"}'], marks=pytest.mark.slow),
     ],
 )

@@ -180,7 +180,10 @@ def test_bfloat16_compute_gives_float32_logits_near_the_exact_ones(one_device):
         (lambda: ModelConfig(layers=0), "layers=0 must be at least 1"),
         (lambda: ModelConfig(vocab=-1), "vocab=-1 must be at least 0"),
         (lambda: ModelConfig(dtype="float16"), "dtype='float16' is none of float32, bfloat16"),
-        (lambda: ModelConfig(remat="some"), "remat='some' is none of none, attention, dots, full"),
+        (
+            lambda: ModelConfig(remat="some"),
+            "remat='some' is none of none, dots, mlp, attention, full",
+        ),
         (lambda: ModelConfig(vocab=100).with_vocab(256), "vocab=100 is smaller than .* 256 ids"),
         (lambda: Arch(activation="silu"), "activation='silu' is none of swiglu"),
         (lambda: Norm("batch"), "kind='batch' is none of rms, layer"),
