@@ -39,7 +39,8 @@ print("the end")
 def run(stdout, **environment):
     """Run RUN with this stdout; its process. stderr is captured."""
     command = [sys.executable, "-W", "error", "-c", RUN]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONIOENCODING"} | environment
+    others = ("PYTHONIOENCODING", "COLUMNS", "LINES")  # pytest-xdist sets the size of a terminal
+    environment = {k: v for k, v in os.environ.items() if k not in others} | environment
     return subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, env=environment)
 
 
