@@ -25,6 +25,7 @@ class Peer:
     run: dict[str, str]  # what its run is, in parts, so that those of all can be compared
     seen: float  # when it was last heard of
     place: tuple[int, int] = (0, 0)  # step, and which of PLACES
+    placed: float = 0.0  # when it said so
     promised: int | None = None  # the step at whose end it waits for word where all stop
     failing: tuple[float, int, str] | None = None  # since when, exit code, why
     ended: bool = False
@@ -232,7 +233,7 @@ class Hub:
             self._end("over", well=self._well and not failing)
         elif failing and now - failing[0].failing[0] > GRACE_S:
             self._end("lost", process=failing[0].process, why=failing[0].failed)
-        elif self._stuck and now - self._stuck[0] > GRACE_S:
+        elif self._stuck and all(peer.placed > self._stuck[0] for peer in peers):
             self._end("lost", process=-1, why=self._where(self._stuck[1]))
 
     def _where(self, seconds: float) -> str:
@@ -257,7 +258,7 @@ class Hub:
 
     def _on_beat(self, peer: Peer, message: dict) -> None:
         step, place = (int(number) for number in message["place"])
-        peer.place = step, place % len(PLACES)
+        peer.place, peer.placed = (step, place % len(PLACES)), time.monotonic()
 
     def _on_signal(self, peer: Peer, message: dict) -> None:
         if not self._signal:
