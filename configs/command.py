@@ -96,10 +96,14 @@ def run(
 
 def leave(error: Exit) -> NoReturn:
     """End the process at once, from whatever thread, though the main one may wait for ever."""
-    flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # waits if nobody reads
-    flush.start()
-    flush.join(1)
-    os.write(2, _line(f"error: {error}").encode(errors="replace"))
+
+    def tell() -> None:
+        os.write(2, _line(f"error: {error}").encode(errors="replace"))
+        sys.stdout.flush()
+
+    told = threading.Thread(target=tell, daemon=True)  # it may be that nobody reads any more
+    told.start()
+    told.join(2)
     os._exit(error.code)
 
 

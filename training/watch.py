@@ -126,10 +126,17 @@ class Watch:
         """End the process; called by other threads than the main one."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            faulthandler.dump_traceback(sys.__stderr__)
+        stacks = threading.Thread(target=dump_stacks, daemon=True)  # perhaps nobody reads them
+        stacks.start()
+        stacks.join(2)
         again = "the same command goes on from the last save"
         command.leave(command.LostPeer(f"{' '.join(why.split())}; {again}"))
+
+
+def dump_stacks() -> None:
+    """Where every thread is, on stderr."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        faulthandler.dump_traceback(sys.__stderr__)
 
 
 def parts(run: Run) -> dict[str, str]:

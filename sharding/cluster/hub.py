@@ -136,11 +136,10 @@ class Hub:
         if messages is None:
             self._close(line, peer)
         for message in messages or ():
-            handle = self._handlers().get(message.get("kind"))
+            handle = self._handlers().get(str(message.get("kind")))
             if handle and peer:
                 peer.seen = time.monotonic()
-                with contextlib.suppress(KeyError, TypeError, ValueError):  # no word of ours
-                    handle(peer, message)
+                handle(peer, message)
 
     def _close(self, line: Line, peer: Peer | None = None) -> None:
         self._selector.unregister(line)
@@ -160,7 +159,7 @@ class Hub:
             process, processes, pid = (int(hello[key]) for key in ("process", "processes", "pid"))
             run = {str(part): str(value) for part, value in hello["run"].items()}
             peer = Peer(line, process, pid, str(hello["host"]), run, time.monotonic())
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
             return False  # somebody else
         if self._started:
             line.send("late")

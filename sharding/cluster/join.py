@@ -48,15 +48,23 @@ def place(coordinator: str | None, processes: int | None, process: int | None) -
 
 
 def detected() -> Place | None:
-    """What jax.distributed.initialize() would find. JAX has no public name for it."""
+    """What jax.distributed.initialize() would find. JAX has no public name for it.
+
+    ValueError if it finds a part of it only."""
     try:
         from jax._src.clusters import ClusterEnv
     except ImportError:
         return None
     coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    *found, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        coordinator, None, None, None, None, FOUND_S
-    )
+    try:
+        *found, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator, None, None, None, None, FOUND_S
+        )
+    except (RuntimeError, ValueError, LookupError, OSError) as error:
+        raise ValueError(
+            f"JAX finds a cluster, but not this process in it: {' '.join(str(error).split())}; "
+            f"--coordinator, --processes and --process tell it"
+        ) from error
     return None if None in found else Place(*found, devices and tuple(devices))
 
 

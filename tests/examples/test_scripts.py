@@ -162,6 +162,9 @@ def test_a_task_of_slurm_finds_its_place(monkeypatch, nodes, first):
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert join.place(None, None, None) is None  # alone, with all GPUs that it sees
     monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "first")
+    with pytest.raises(ValueError, match=r"not this process in it: .*'first'; --coordinator"):
+        join.place(None, None, None)
     assert join.place("desk:1", 2, 1) == join.Place("desk:1", 2, 1)  # what is given counts
 
 

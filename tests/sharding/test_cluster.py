@@ -162,6 +162,8 @@ def test_strangers_who_talk_to_the_hub_change_nothing(group):
         b"x" * (1 << 16),
         b'{"kind": "hello"}\n',
         b'{"kind": "lost", "process": 1}\n',
+        b'{"kind": "hello", "process": Infinity, "processes": 2, "pid": 9, "run": {}}\n',
+        b'{"kind": ["hello"], "process": {}}\n',
         b'{"kind": "hello", "process": 1, "processes": 2, "pid": 9, "host": "h", "run": {}}\n',
         b'{"kind": "ended"}\n' * 100,
     ):
