@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from configs.load import ROOT
@@ -19,6 +18,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "smollm2_135m_instruct
 CASES = json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"]
 READ, MATMUL = 0.6, 0.5  # shares of the machine's rates: 2 cores, with nothing else on them
 TRANSFORMERS = 1.5  # times its decode rate
+ROUNDS = 3
 
 MACHINE = """
 import json, time, jax, jax.numpy as jnp
@@ -64,18 +64,26 @@ def test_the_greedy_tokens_are_the_published_ones_alone_and_in_a_batch(tmp_path)
 
 @pytest.mark.slow
 def test_it_decodes_and_reads_prompts_near_the_machines_rates():
-    (reads, flops), *_ = run("-c", MACHINE)
-    (found,) = generate("--prompt=word" + " word" * 512, "--max_tokens=64")
-    (reads_after, flops_after), *_ = run("-c", MACHINE)
-    assert len(found["prompt_ids"]) == 513
-    assert found["decode_tokens_per_s"] >= READ * min(reads, reads_after)
+    """In one round of three: whoever else is on the machine makes the others slower."""
     matmuls = 2 * (134_515_008 - 49_152 * 576)  # FLOPs of a token; the last one's head aside
-    assert found["prefill_tokens_per_s"] * matmuls >= MATMUL * min(flops, flops_after)
+    decode, prefill, before = [], [], run("-c", MACHINE)[0]
+    for _ in range(ROUNDS):
+        (found,) = generate("--prompt=word" + " word" * 512, "--max_tokens=64")
+        after = run("-c", MACHINE)[0]
+        reads, flops = map(min, zip(before, after, strict=True))
+        assert len(found["prompt_ids"]) == 513
+        decode.append(found["decode_tokens_per_s"] / reads)
+        prefill.append(found["prefill_tokens_per_s"] * matmuls / flops)
+        before = after
+        if max(decode) >= READ and max(prefill) >= MATMUL:
+            return
+    pytest.fail(f"shares of the rate of reading {decode}, of matmuls {prefill}")
 
 
 @pytest.mark.slow
 @pytest.mark.parity
 def test_it_decodes_faster_than_transformers():
+    """In one round of three, as above."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -84,12 +92,20 @@ def test_it_decodes_faster_than_transformers():
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     ids = torch.tensor([CASES[0]["input_ids"]])
-    how = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 2}
-    times = []
-    for tokens in (8, 64, 64, 64):
+
+    def theirs(tokens: int) -> float:
         start = time.perf_counter()
-        model.generate(ids, **{**how, "max_new_tokens": tokens, "min_new_tokens": tokens})
-        times.append(time.perf_counter() - start)
-    theirs = 64 / np.min(times[1:])
-    (ours,) = generate(f"--prompt={CASES[0]['prompt']}", "--max_tokens=64")
-    assert ours["decode_tokens_per_s"] >= TRANSFORMERS * theirs
+        model.generate(
+            ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2
+        )
+        return tokens / (time.perf_counter() - start)
+
+    theirs(8)
+    both = []
+    for _ in range(ROUNDS):
+        (found,) = generate(f"--prompt={CASES[0]['prompt']}", "--max_tokens=64")
+        both.append((found["decode_tokens_per_s"], theirs(64)))
+        ours, best = (max(rates) for rates in zip(*both, strict=True))
+        if ours >= TRANSFORMERS * best:
+            return
+    pytest.fail(f"ours and theirs: {both}")
