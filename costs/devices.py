@@ -21,16 +21,25 @@ class Datasheet:
     bf16: float
     memory: float
     bandwidth: float
+    link: float = 0.0  # bytes/s, one way, to the devices of its host or, of a TPU, its slice
+    near: int = 0  # devices that `link` joins; 0: all
+    far: float = 0.0  # bytes/s, one way, to any other
+    int8: float = 0.0  # FLOP/s; 0: not faster than bf16
+    fp8: float = 0.0
 
 
 # Sources: NVIDIA H100, H200, A100, L4 and L40S datasheets, H100 and Ada architecture whitepapers,
 # HGX B200 datasheet; tensor-core rates printed "with sparsity" are halved.
 # Google: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; a jax device is a chip, of tpu7x half.
-H100 = Datasheet(989.4e12, 80e9, 3.35e12)
-H200 = Datasheet(989.4e12, 141e9, 4.8e12)
-V5E = Datasheet(197e12, 16e9, 819e9)
-V5P = Datasheet(459e12, 95e9, 2765e9)
-V6E = Datasheet(918e12, 32e9, 1640e9)
+# Networks: NVLink 4, 900 GB/s both ways; one 400 Gb/s adapter a GPU (DGX H100 datasheet). A TPU's
+# ring along one axis of its torus has two of its links, of 50 (v4, v5e) or 100 GB/s (v5p, v6e) each
+# way; its data-center network as on those pages.
+H100 = Datasheet(989.4e12, 80e9, 3.35e12, 450e9, 8, 50e9, int8=1979e12, fp8=1979e12)
+H200 = Datasheet(989.4e12, 141e9, 4.8e12, 450e9, 8, 50e9, int8=1979e12, fp8=1979e12)
+V4 = Datasheet(275e12, 32e9, 1228e9, 100e9, 0, 3.1e9)
+V5E = Datasheet(197e12, 16e9, 819e9, 100e9, 0, 3.1e9, int8=393e12)
+V5P = Datasheet(459e12, 95e9, 2765e9, 200e9, 0, 6.25e9, int8=918e12)
+V6E = Datasheet(918e12, 32e9, 1640e9, 200e9, 0, 12.5e9, int8=1836e12)
 
 # Exact names, so that a slice ("... MIG 1g.10gb") or a sibling never gets the full card's peak.
 DATASHEETS = {
@@ -47,7 +56,7 @@ DATASHEETS = {
     "NVIDIA L4": Datasheet(121e12, 24e9, 300e9),
     "NVIDIA L40S": Datasheet(362e12, 48e9, 864e9),
     "NVIDIA GeForce RTX 4090": Datasheet(165.2e12, 24e9, 1008e9),
-    "TPU v4": Datasheet(275e12, 32e9, 1228e9),
+    "TPU v4": V4,
     "TPU v5 lite": V5E,
     "TPU v5e": V5E,
     "TPU v5": V5P,

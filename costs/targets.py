@@ -1,21 +1,32 @@
-"""Hardware that is not here, to compile for: TPUs by libtpu, GPUs by the CUDA plug-in."""
+"""Hardware that is not here, to count for and to compile for, by libtpu or the CUDA plug-in."""
 
 import importlib.util
-import math
 import os
 import re
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
 
-from costs.devices import H100, H200
+from costs.devices import DATASHEETS, Datasheet
+from sharding import runtime
 
-# Devices -> how they are wired; of a TPU v5e or v6e in two dims, of a v4 or v5p in three.
+# Devices of a slice -> how they are wired: a TPU v5e or v6e in two dims, a v4 or v5p in three.
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+        512: "8x8x8", 1024: "8x8x16"}  # fmt: skip
 TPUS = {"v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT}
-GPUS = {"h100": ("NVIDIA H100 80GB HBM3", H100), "h200": ("NVIDIA H200", H200)}
-MOST_GPUS = 8  # of one host
+KINDS = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+}
+HOST = 8  # GPUs of one
+# GiB that a device has: as seen on GPUs, and as libtpu says of a program that is too large.
+MEMORY = {"h100": 78, "h200": 139, "v4": 30.75, "v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 
 # What XLA asks of a Hopper card: CUDA C++ Programming Guide, table of compute capability 9.0.
 HOPPER = """
@@ -35,51 +46,103 @@ device_description_str: "{name}"
 """
 
 
+@dataclass(frozen=True)
+class Target:
+    """Devices of one kind."""
+
+    name: str  # as the user wrote it
+    platform: str  # "gpu", "tpu" or "cpu"
+    count: int
+    kind: str = ""  # of DATASHEETS; "" for a CPU
+    usable: int = 0  # bytes of a device that a run can have
+
+    @property
+    def sheet(self) -> Datasheet | None:
+        """None of a CPU, whose rates are measured."""
+        return DATASHEETS.get(self.kind)
+
+
 def known() -> str:
     """The targets, in words."""
-    tpus = ", ".join(f"{name}-N ({', '.join(map(str, wired))})" for name, wired in TPUS.items())
-    return f"{tpus}, {', '.join(f'{name}xN (1 to {MOST_GPUS})' for name in GPUS)}"
+    tpus = (f"{name}-N (N {', '.join(map(str, wired))})" for name, wired in TPUS.items())
+    gpus = (f"{name}xN (N 1 to {HOST}, or whole hosts of {HOST})" for name in ("h100", "h200"))
+    return f"{', '.join(tpus)}, {', '.join(gpus)}, cpuxN"
 
 
-def devices_of(target: str) -> list[jax.Device]:
+def parse(name: str) -> Target:
+    """The target of this name; ValueError lists those that there are."""
+    match = re.fullmatch(r"([a-z]\w*?)(?:(-|x)(\d+))?", name)
+    kind, sign, digits = match.groups() if match else ("", "", "")
+    count = int(digits or 1)
+    if kind == "cpu" and sign != "-" and 1 <= count <= 1024:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Target(name, "cpu", count, usable=memory // count)
+    memory = int(MEMORY.get(kind, 0) * 2**30)
+    if sign == "-" and count in TPUS.get(kind, ()):
+        return Target(name, "tpu", count, KINDS[kind], memory)
+    gpu = sign == "x" and kind in ("h100", "h200")
+    if gpu and count and (count <= HOST or count % HOST == 0) and count <= 4096:
+        return Target(name, "gpu", count, KINDS[kind], int(memory * float(runtime.SHARE)))
+    raise ValueError(f"{name!r} is no target; there are {known()}")
+
+
+def missing(target: Target) -> str:
+    """What the target's compiler lacks here, and what to do; "" if nothing."""
+    if target.name.startswith("v4"):
+        return f"{target.name} can only be counted: libtpu shows each half of its chips"
+    if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
+        return f"{target.name} needs libtpu to compile for: pip install --no-deps libtpu"
+    if target.platform == "gpu":
+        plugins = importlib.util.find_spec("jax_plugins")
+        if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+            right = "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
+            return f"{target.name} needs the CUDA plug-in to compile for: {right}, of jax's version"
+    return ""
+
+
+def devices_of(name: str) -> list[jax.Device]:
     """The devices of "v5e-8" or "h100x8", to make a mesh of and compile for.
 
     ValueError for a target that is unknown, or whose compiler is not installed.
     """
-    match = re.fullmatch(r"(\w+?)(-|x)(\d+)", target)
-    name, sign, count = (match[1], match[2], int(match[3])) if match else ("", "", 0)
-    if sign == "-" and count in TPUS.get(name, ()):
-        return _tpus(target, f"{name}:{TPUS[name][count]}", count)
-    if sign == "x" and name in GPUS and 1 <= count <= MOST_GPUS:
-        return _gpus(target, name, count)
-    raise ValueError(f"{target!r} is no target; there are {known()}")
+    target = parse(name)
+    if lacks := missing(target):
+        raise ValueError(lacks)
+    if target.platform == "cpu":
+        return jax.devices("cpu")[: target.count]
+    if target.platform == "tpu":
+        return _tpus(target)
+    config = HOPPER.format(
+        name=target.kind, bandwidth=target.sheet.bandwidth, memory=target.sheet.memory
+    )
+    hosts, each = divmod(target.count, HOST) if target.count > HOST else (1, target.count)
+    return _found(
+        target, platform="cuda", target_config=config, topology=f"1x{hosts}x{each or HOST}"
+    )
 
 
-def compiler_options(target: str) -> dict | None:
-    """For `jax.jit(compiler_options=...)`: what a compiler without the hardware must not try."""
-    return {"xla_gpu_autotune_level": 0} if target.partition("x")[0] in GPUS else None
+def compiler_options(name: str) -> dict | None:
+    """For `compile(compiler_options=...)`: what a compiler without the hardware must not try."""
+    if parse(name).platform != "gpu":
+        return None
+    # Nothing can be timed here; and matmuls go to cuBLAS, which is where most of those that are
+    # timed go, because some small ones have no Triton kernel that is good untimed.
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def _tpus(target: str, topology: str, count: int) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"{target} needs libtpu to compile for: pip install --no-deps libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no TPU host's metadata to ask for
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    assert len(found) == count, f"{topology} has {len(found)} devices"
-    return list(found)
+def _tpus(target: Target) -> list[jax.Device]:
+    # There is no TPU host whose metadata could be asked for, and no TPU that one process must keep
+    # to itself.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    kind = target.name.partition("-")[0]
+    wired = TPUS[kind][target.count]
+    # By default a host has four chips.
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if target.count == 1 else {}
+    return _found(target, f"{kind}:{wired}", platform="tpu", **alone)
 
 
-def _gpus(target: str, name: str, count: int) -> list[jax.Device]:
-    plugins = importlib.util.find_spec("jax_plugins")
-    if plugins is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        right = "pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt"
-        raise ValueError(
-            f"{target} needs the CUDA plug-in to compile for: {right}, of jax's version"
-        )
-    kind, sheet = GPUS[name]
-    config = HOPPER.format(name=kind, bandwidth=sheet.bandwidth, memory=sheet.memory)
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=config, topology=f"1x1x{count}"
-    ).devices
-    assert len(found) == math.prod((1, 1, count))
+def _found(target: Target, topology_name: str = "", **how: object) -> list[jax.Device]:
+    found = topologies.get_topology_desc(topology_name=topology_name, **how).devices
+    assert len(found) == target.count, f"{target.name} has {len(found)} devices"
     return list(found)

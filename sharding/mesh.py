@@ -1,6 +1,7 @@
 """The device mesh: its shape, its devices, and what processes share of it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -37,6 +38,16 @@ class MeshConfig:
             right = f"a multiple of {need}" if len(fixed) < len(vars(self)) else f"{need}, or a -1"
             raise ValueError(f"{devices} devices do not divide into {shape}: that takes {right}")
         return {name: fixed.get(name, devices // need) for name in vars(self)}
+
+
+def factorisations(devices: int, axes: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write `devices` as a product of the sizes of so many axes, in order."""
+    if axes == 1:
+        yield (devices,)
+        return
+    for size in range(1, devices + 1):
+        if devices % size == 0:
+            yield from ((size, *rest) for rest in factorisations(devices // size, axes - 1))
 
 
 def make(config: MeshConfig, devices: list | None = None) -> Mesh:

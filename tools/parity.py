@@ -158,16 +158,6 @@ def ahead(run: Run, mesh: MeshConfig, target: str) -> dict[str, tuple[int, int]]
 # ---- what was asked ------------------------------------------------------------------------------
 
 
-def factorisations(devices: int, axes: int = len(BUILT)) -> Iterator[tuple[int, ...]]:
-    """Every way to write `devices` as a product of sizes of the axes, in order."""
-    if axes == 1:
-        yield (devices,)
-        return
-    for size in range(1, devices + 1):
-        if devices % size == 0:
-            yield from ((size, *rest) for rest in factorisations(devices // size, axes - 1))
-
-
 def mesh_of(sizes: dict[str, int]) -> MeshConfig:
     """The mesh of these sizes, 1 along the other axes."""
     return MeshConfig(**{**dict.fromkeys(AXES, 1), **sizes})
@@ -176,25 +166,30 @@ def mesh_of(sizes: dict[str, int]) -> MeshConfig:
 def meshes_of(text: str, devices: int) -> list[MeshConfig]:
     """The meshes that --meshes names. ValueError for one that `devices` do not make."""
     if text == "all":
-        return [mesh_of(dict(zip(BUILT, s, strict=True))) for s in factorisations(devices)]
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        sizes: dict[str, int] = {}
-        for item in part.split(","):
-            axis, _, size = (word.strip() for word in item.partition("="))
-            if axis not in AXES or not size.isdigit():
-                example = ",".join(f"{axis}=2" for axis in BUILT)
-                raise ValueError(f"--meshes: {item!r} is no AXIS=SIZE, such as {example}")
-            sizes[axis] = int(size)
-        mesh = mesh_of(sizes)
-        try:
-            mesh.sizes(devices)
-        except ValueError as error:
-            raise ValueError(f"--meshes={part}: {error}") from error
-        found.append(mesh)
+        every = meshes.factorisations(devices, len(BUILT))
+        return [mesh_of(dict(zip(BUILT, sizes, strict=True))) for sizes in every]
+    parts = filter(None, (part.strip() for part in text.split(";")))
+    found = [mesh_named(part, devices, "--meshes") for part in parts]
     if not found:
         raise ValueError(f"--meshes={text!r} names no mesh, write all or such as fsdp={devices}")
     return found
+
+
+def mesh_named(text: str, devices: int, flag: str) -> MeshConfig:
+    """The mesh of data=2,fsdp=4. ValueError, which names the flag, for none of so many devices."""
+    sizes: dict[str, int] = {}
+    for item in text.split(","):
+        axis, _, size = (word.strip() for word in item.partition("="))
+        if axis not in AXES or not size.isdigit():
+            example = ",".join(f"{axis}=2" for axis in BUILT)
+            raise ValueError(f"{flag}: {item!r} is no AXIS=SIZE, such as {example}")
+        sizes[axis] = int(size)
+    try:
+        mesh = mesh_of(sizes)
+        mesh.sizes(devices)
+    except ValueError as error:
+        raise ValueError(f"{flag}={text}: {error}") from error
+    return mesh
 
 
 def combinations() -> str:
@@ -226,23 +221,26 @@ def combinations() -> str:
 
 def model_of(run: Run) -> ModelConfig:
     """The recipe's model, or that of --family, with the head of --head."""
-    cfg = run.model
-    if name := FLAGS.family:
-        sizes = {}
-        for family in FAMILIES:
-            one = next(iter(family.sizes.values()))
-            sizes |= {family.name: one, family.outer: one, **family.sizes}
-        if name not in sizes:
-            known = ", ".join(family.name for family in FAMILIES)
-            raise ValueError(f"--family={name} is none of {known}, nor a published size of one")
-        unroll = cfg.unroll if cfg.unroll < cfg.layers else 1
-        cfg = dataclasses.replace(sizes[name], remat=cfg.remat, unroll=unroll)
+    cfg = model_named(run.model, FLAGS.family) if FLAGS.family else run.model
     if FLAGS.head:
         if FLAGS.head not in HEADS:
             raise ValueError(f"--head={FLAGS.head} is none of {', '.join(HEADS)}")
         head = dataclasses.replace(cfg.arch.head, kind=FLAGS.head)
         cfg = dataclasses.replace(cfg, arch=dataclasses.replace(cfg.arch, head=head))
     return cfg
+
+
+def model_named(cfg: ModelConfig, name: str) -> ModelConfig:
+    """The first size of a family, or a published size, with `cfg`'s remat and unrolling."""
+    sizes = {}
+    for family in FAMILIES:
+        one = next(iter(family.sizes.values()))
+        sizes |= {family.name: one, family.outer: one, **family.sizes}
+    if name not in sizes:
+        known = ", ".join(family.name for family in FAMILIES)
+        raise ValueError(f"--family={name} is none of {known}, nor a published size of one")
+    unroll = cfg.unroll if cfg.unroll < cfg.layers else 1
+    return dataclasses.replace(sizes[name], remat=cfg.remat, unroll=unroll)
 
 
 def find_devices(platform: str, count: int) -> list[jax.Device]:

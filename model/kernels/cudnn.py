@@ -16,6 +16,7 @@ try:
 except ImportError:  # a later JAX may move it: then the plain attention serves
     sdpa = None
 
+AHEAD = "cuDNN attention does not compile ahead of time"
 PRIMITIVE = "dot_product_attention_fwd"  # its outputs are the attention and the log-sum-exp
 
 
@@ -35,7 +36,7 @@ def why_not(q_BTKGH: jax.Array, *, causal: bool, softcap: float, documents: int)
     if not documents:
         return "any number of documents may share a row; data.documents bounds them"
     if jax.default_backend() != "gpu":
-        return "cuDNN attention does not compile ahead of time"
+        return AHEAD
     return ""
 
 
