@@ -1,0 +1,37 @@
+"""FLOPs of an operation, on one device."""
+
+import math
+
+from costs.flops import visible
+from costs.program import Op
+
+
+def flops_of(op: Op) -> tuple[float, str]:
+    """(floating-point operations, dtype of the operands) of a matmul or an attention; else 0."""
+    if op.name == "dot_general":
+        (sums, _), _ = op.params["dimension_numbers"]
+        contracted = math.prod(op.ins[0].shape[i] for i in sums)
+        return 2.0 * math.prod(op.outs[0].shape) * contracted, str(op.ins[0].dtype)
+    if op.name in ("ragged_dot_general", "ragged_dot"):
+        # Each row meets one group's weight; or, of a weight's gradient, each group its own rows.
+        a, b, out = op.ins[0], op.ins[1], op.outs[0]
+        return 2.0 * _ragged(a.shape, b.shape, out.shape), str(a.dtype)
+    if op.name.startswith("attention_"):
+        return attention(op)
+    return 0.0, ""
+
+
+def _ragged(a: tuple, b: tuple, out: tuple) -> float:
+    if len(b) == 3:  # [M, K] x [E, ., .] -> [M, N]
+        return math.prod(out) * a[-1]
+    return a[0] * math.prod(out[1:])  # [M, K] x [M, N] -> [E, N, K]
+
+
+def attention(op: Op) -> tuple[float, str]:
+    """Two matmuls forward; backward five, as the products of queries and keys are made again."""
+    window, causal = (int(word) for word in op.name.split("_")[2:])
+    q = op.ins[0]
+    rows, tokens, heads, groups, size = q.shape
+    seen = visible(tokens, window) if causal else tokens
+    matmuls = 2 if op.name.startswith("attention_forward") else 5
+    return 2.0 * matmuls * rows * heads * groups * tokens * size * seen, str(q.dtype)
