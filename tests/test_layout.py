@@ -29,7 +29,7 @@ MAY_IMPORT = {
 CONFIG_MODULES = {"data.config", "model.config", "optim.config", "sharding.layout", "sharding.mesh"}
 LEAVES = {"configs.fields"}  # modules that import nothing of the house, for anyone
 # Tools that repeat a training step.
-MAY_IMPORT_TRAIN = {"tools.parity", "tools.plan", "tools.bench", "tools.replay"}
+MAY_IMPORT_TRAIN = {"tools.parity", "tools.plan", "tools.bench", "tools.fusion", "tools.replay"}
 MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES = 500, 700, 80
 
 

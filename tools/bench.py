@@ -30,6 +30,7 @@ from costs.energy import Energy
 from costs.memory import human
 from sharding import mesh as meshes
 from sharding import runtime
+from tools import fusion
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("steps", 20, "Timed", flag_values=FLAGS)
@@ -204,22 +205,33 @@ def main(run: Run) -> int:
     return 0
 
 
-KINDS = {"train": main}
+KINDS = {
+    "train": (
+        main,
+        FLAGS,
+        "configs/llama.py:1B",
+        (
+            "train --config=configs/llama.py:1B --config.data.batch=6 --output=base.json",
+            "train --config=configs/llama.py:1B --config.model.remat=mlp --compare=base.json",
+        ),
+    ),
+    "fusion": (
+        fusion.main,
+        fusion.FLAGS,
+        "configs/quickstart.py",
+        (
+            "fusion --config=configs/llama.py:1B --places=20 --hlo=step.txt",
+            "fusion --diff=model.remat=full --diff=model.unroll=1",
+        ),
+    ),
+}
 
 if __name__ == "__main__":
     kind = sys.argv[1] if len(sys.argv) > 1 else ""
     if kind not in KINDS:
         print(f"tools.bench: error: write one of {', '.join(KINDS)} first", file=sys.stderr)
         sys.exit(command.UserError.code)
+    run_kind, values, recipe, examples = KINDS[kind]
     sys.exit(
-        command.status(
-            KINDS[kind],
-            sys.argv[2:],
-            recipe="configs/llama.py:1B",
-            examples=(
-                "train --config=configs/llama.py:1B --config.data.batch=6 --output=base.json",
-                "train --config=configs/llama.py:1B --config.model.remat=mlp --compare=base.json",
-            ),
-            values=FLAGS,
-        )
+        command.status(run_kind, sys.argv[2:], recipe=recipe, examples=examples, values=values)
     )
