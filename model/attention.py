@@ -90,7 +90,11 @@ class SelfAttention(nnx.Module):
         self, x_BTD: jax.Array, context: Context, cache: KeysValues | None = None
     ) -> tuple[jax.Array, KeysValues]:
         """(y_BTD, the rows' keys and values); `cache` holds those of the tokens before them."""
-        qkv_BTKJH = checkpoint_name(self.qkv(x_BTD), "qkv")
+        rows, *_ = where = jax.typeof(x_BTD).sharding.spec
+        tokens = jax.typeof(context.segments).sharding.spec[1]
+        # Devices talk: tokens that lie apart between the blocks only come together.
+        qkv_BTKJH = self.qkv(x_BTD, out=jax.P(rows, tokens, *self.qkv.features))
+        qkv_BTKJH = checkpoint_name(qkv_BTKJH, "qkv")
         groups = qkv_BTKJH.shape[3] - 2
         q_BTKGH, k_BTKH, v_BTKH = lax.split(qkv_BTKJH, (groups, 1, 1), axis=3)
         if self.q_norm is not None:
@@ -99,10 +103,9 @@ class SelfAttention(nnx.Module):
             rotation = context.rotations[self.rotation]
             q_BTKGH, k_BTKH = rotate(q_BTKGH, rotation), rotate(k_BTKH, rotation)
         k_BTKH, v_BTKH = k_BTKH.squeeze(3), v_BTKH.squeeze(3)
-        where = jax.typeof(q_BTKGH).sharding.spec
         # Rows and heads are split, and no token looks beyond its own: devices don't talk here.
-        over = functools.partial(jax.shard_map, out_specs=where)
-        if where[1]:
+        over = functools.partial(jax.shard_map, out_specs=jax.typeof(q_BTKGH).sharding.spec)
+        if tokens:
             assert cache is None and "cache" not in context.keep, "decoding needs whole rows"
             # Devices talk: tokens are split, so keys and values go round.
             o_BTKGH = self.attend_ring(q_BTKGH, k_BTKH, v_BTKH, context.segments)
@@ -112,5 +115,6 @@ class SelfAttention(nnx.Module):
             attend = functools.partial(self.attend, documents=context.documents)
             attend = self.attend_fresh if "cache" in context.keep else attend
             o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
-        # Heads are split over tensor: the sum over them crosses devices.
-        return self.out(o_BTKGH), (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))
+        # Heads are split over tensor: the sum over them crosses devices, to where x lives.
+        y_BTD = self.out(o_BTKGH, out=where)
+        return y_BTD, (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))

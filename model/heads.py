@@ -18,7 +18,7 @@ from model.config import Head, ModelConfig
 from model.layers import Linear, Role, aligned, make_norm, normal
 from model.matmul import einsum
 from model.mlp import CURVES
-from sharding.gather import axes_of
+from sharding.gather import axes_of, without
 from sharding.layout import Layout
 
 
@@ -154,20 +154,38 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradien
     """((loss, nats), (dx, dtable) or None): each device works through its own rows and its own
     part of the vocabulary."""
     x_spec, table_spec = jax.typeof(x_BTD).sharding.spec, jax.typeof(table_VD).sharding.spec
-    body = functools.partial(
+    vocab, tokens = axes_of(table_spec[0]), axes_of(x_spec[1])
+    apart = tuple(axis for axis in tokens if axis in vocab)  # each part of V meets all tokens
+    rows = jax.P(x_spec[0], without(x_spec[1], apart))
+    local = functools.partial(
         local_loss,
         head=head,
         gradients=gradients,
-        rows=axes_of(x_spec[0]) + axes_of(x_spec[1]),
-        vocab=axes_of(table_spec[0]),
+        rows=axes_of(rows[0]) + axes_of(rows[1]),
+        vocab=vocab,
+        summed=tuple(axis for axis in vocab if axis not in apart),
         embed=axes_of(table_spec[1]),
     )
+
+    def body(x_BTD, *others):
+        # Devices talk: tokens come together, and the parts of their gradient are scattered.
+        x_BTD = lax.all_gather(x_BTD, apart, axis=1, tiled=True) if apart else x_BTD
+        sums, found = local(x_BTD, *others)
+        if apart and gradients:
+            dx_BTD = lax.psum_scatter(found[0], apart, scatter_dimension=1, tiled=True)
+            found = dx_BTD, found[1]
+        return sums, found
+
+    targets_BT, weights_BT = (jax.reshard(a, rows) for a in (targets_BT, weights_BT))
     out = (jax.P(), jax.P()), ((x_spec, table_spec) if gradients else None)
     return jax.shard_map(body, out_specs=out)(x_BTD, table_VD, targets_BT, weights_BT)
 
 
-def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows, vocab, embed):
-    """One device's part of `over_devices`; rows, vocab, embed: the mesh axes that split them."""
+def local_loss(
+    x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows, vocab, summed, embed
+):
+    """One device's part of `over_devices`; rows, vocab, embed: the mesh axes that split them, and
+    `summed`: those of vocab over which the gradient of x is summed here."""
     D, N = x_BTD.shape[-1], targets_BT.size
     chunks = math.ceil(N / head.chunk)
     C = math.ceil(N / chunks)
@@ -212,7 +230,8 @@ def local_loss(x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows
         if head.softcap:
             dz_Cv *= 1 - (z_Cv / head.softcap) ** 2
         dz_Cv = dz_Cv.astype(x_CD.dtype)
-        dx_CD = over_vocab(lax.psum, jnp.einsum("Cv,vD->CD", dz_Cv, table_vD))
+        dx_CD = jnp.einsum("Cv,vD->CD", dz_Cv, table_vD)
+        dx_CD = lax.psum(dx_CD, summed) if summed else dx_CD
         dtable_Dv += jnp.einsum("Cv,CD->Dv", dz_Cv, x_CD, preferred_element_type=jnp.float32)
         return (sums, dtable_Dv), dx_CD
 

@@ -14,9 +14,9 @@ from flax import nnx
 from jax import lax
 
 from model import config
-from model.matmul import einsum
+from model.matmul import einsum, einsums
 from sharding import stages
-from sharding.gather import axes_of
+from sharding.gather import axes_of, without
 from sharding.layout import Layout
 
 
@@ -76,14 +76,22 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(draw, role=role)
         # D of the weight may be split over fsdp; D of the residual stream and of a bias is whole.
         features = [None if letter == "D" else axes.get(letter) for letter in y_dims[2:]]
-        self.out = layout.spec("batch", "sequence", *features)
-        zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=layout.spec(*features))
+        self.features = layout.spec(*features)
+        zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=self.features)
         self.bias = nnx.Param(zeros) if bias else None
         self.spec = spec
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = einsum(self.spec, x, self.weight[...], out=self.out)
+    def __call__(self, x: jax.Array, *, out: jax.P | None = None) -> jax.Array:
+        """The result lives where `out` says, or else where x does, but for its features: if one
+        axis splits x's tokens and these, the tokens are gathered."""
+        y = einsum(self.spec, x, self.weight[...], out=self.home(x) if out is None else out)
         return y if self.bias is None else y + aligned(self.bias[...].astype(y.dtype), y)
+
+    def home(self, x: jax.Array) -> jax.P:
+        """Where the result for x lives if nobody asks for another place."""
+        rows, tokens, *_ = jax.typeof(x).sharding.spec
+        split = tuple(axis for dim in self.features for axis in axes_of(dim))
+        return jax.P(rows, without(tokens, split), *self.features)
 
     def each(self, x: jax.Array) -> list[jax.Array]:
         """The outputs of each of the matrices that the weight's first letter numbers.
@@ -93,11 +101,11 @@ class Linear(nnx.Module):
         """
         first = self.spec.partition(",")[2][0]
         spec, at = self.spec.replace(first, ""), self.spec.partition("->")[2].index(first)
-        out = jax.P(*(axis for i, axis in enumerate(self.out) if i != at))
+        out = jax.P(*(axis for i, axis in enumerate(self.home(x)) if i != at))
         dim = int(stages.in_flight(x))  # where the weight leads with the stages, that is next
         own = functools.partial(lax.index_in_dim, axis=dim, keepdims=False)
         numbers = range(self.weight[...].shape[dim])
-        ys = [einsum(spec, x, own(self.weight[...], i), out=out) for i in numbers]
+        ys = einsums(spec, x, [own(self.weight[...], i) for i in numbers], out=out)
         if self.bias is None:
             return ys
         return [y + aligned(own(self.bias[...], i).astype(y.dtype), y) for i, y in enumerate(ys)]
@@ -167,27 +175,32 @@ class Embedding(nnx.Module):
         where = layout.spec(rows, "embed")
         draw = normal(rngs, (size, embed), where, std, dtype)
         self.table = nnx.Param(draw, role=Role("embedding"))
-        self.ids = layout.spec("batch", "sequence")
-        self.out = layout.spec("batch", "sequence", None)
 
-    def __call__(self, ids_BT: jax.Array, dtype: str) -> jax.Array:
-        """[B, T, D] in `dtype`.
+    def __call__(self, ids_BT: jax.Array, dtype: str, out: jax.P) -> jax.Array:
+        """[B, T, D] in `dtype`, where `out` says.
 
         Devices talk three times: each fsdp group shares its ids, looks all of them up in its slice
-        of D, and trades slices for rows; over tensor the parts of the vocabulary are summed.
+        of D, and trades slices for rows; over tensor the parts of the vocabulary are summed, and
+        the sums scattered if `out` wants tokens apart.
         """
         spec = jax.typeof(self.table[...]).sharding.spec
         vocab, embed = (axes_of(dim) for dim in spec)
+        # An axis that splits the vocabulary has all ids until the sum over it is scattered.
+        where = jax.P(out[0], without(out[1], vocab))
+        apart = tuple(axis for axis in axes_of(out[1]) if axis in vocab)
+        summed = tuple(axis for axis in vocab if axis not in apart)
 
         def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
             x_BTd = table_vd.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
             x_BTd = x_BTd.astype(dtype)
-            x_BTd = lax.psum(x_BTd, vocab) if vocab else x_BTd
+            x_BTd = lax.psum(x_BTd, summed) if summed else x_BTd
+            if apart:
+                x_BTd = lax.psum_scatter(x_BTd, apart, scatter_dimension=1, tiled=True)
             if embed:
                 return lax.all_to_all(x_BTd, embed, split_axis=0, concat_axis=2, tiled=True)
             return x_BTd
 
-        specs = (spec, self.ids)
-        return jax.shard_map(local, in_specs=specs, out_specs=self.out)(self.table[...], ids_BT)
+        ids_BT = jax.reshard(ids_BT, where)
+        return jax.shard_map(local, out_specs=out)(self.table[...], ids_BT)

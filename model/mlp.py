@@ -47,8 +47,8 @@ class GatedMlp(nnx.Module):
         else:
             gate_BTF, up_BTF = (checkpoint_name(y_BTF, "up") for y_BTF in self.gate_up.each(x_BTD))
         h_BTF = self.curve(gate_BTF) * up_BTF
-        # F is split over tensor: the sum over it crosses devices.
-        return self.down(h_BTF)
+        # F is split over tensor: the sum over it crosses devices, to where x lives.
+        return self.down(h_BTF, out=jax.typeof(x_BTD).sharding.spec)
 
 
 class PlainMlp(nnx.Module):
@@ -70,8 +70,8 @@ class PlainMlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = self.curve(checkpoint_name(self.up(x_BTD), "up"))
-        # F is split over tensor: the sum over it crosses devices.
-        return self.down(h_BTF)
+        # F is split over tensor: the sum over it crosses devices, to where x lives.
+        return self.down(h_BTF, out=jax.typeof(x_BTD).sharding.spec)
 
 
 def make_mlp(cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs) -> GatedMlp | PlainMlp:

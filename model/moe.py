@@ -20,7 +20,7 @@ from model.mlp import GATES
 from model.remat import from_arguments
 from sharding import stages
 from sharding.expert import Copies, Exchange, collect, spread
-from sharding.gather import axes_of
+from sharding.gather import axes_of, without
 from sharding.layout import Layout
 
 Stats = dict[str, jax.Array]
@@ -34,9 +34,10 @@ BY_EXPERT = lax.RaggedDotDimensionNumbers(
 
 
 class Split(NamedTuple):
-    """The mesh axes that split the rows of x, and the weights."""
+    """The mesh axes that split the rows of x, their tokens beyond that, and the weights."""
 
     rows: tuple[str, ...]
+    apart: tuple[str, ...]  # tokens too, and F: they are gathered before it and scattered after
     experts: tuple[str, ...]
     hidden: tuple[str, ...]
     embed: tuple[str, ...]
@@ -84,8 +85,11 @@ class MoeMlp(nnx.Module):
         where = jax.typeof(x_BTD).sharding.spec
         stage = (stages.STAGE,) * stages.in_flight(x_BTD)  # what weights and statistics lead with
         spec_ECFD = jax.typeof(weights[1]).sharding.spec[len(stage) :]
+        apart = tuple(axis for axis in axes_of(where[1]) if axis in axes_of(spec_ECFD[2]))
+        rows = jax.P(where[0], without(where[1], apart))
         split = Split(
-            rows=tuple(axis for dim in where[:2] for axis in axes_of(dim) if axis not in stage),
+            rows=tuple(axis for dim in rows for axis in axes_of(dim) if axis not in stage),
+            apart=apart,
             experts=axes_of(spec_ECFD[0]),
             hidden=axes_of(spec_ECFD[2]),
             embed=axes_of(spec_ECFD[3]),
@@ -97,22 +101,31 @@ class MoeMlp(nnx.Module):
             return y_BTD, jax.tree.map(lambda a: a[None] if stage else a, stats)
 
         over = jax.shard_map(body, out_specs=(where, jax.P(*stage)))
-        return over(x_BTD, segments_BT, *weights)
+        return over(x_BTD, jax.reshard(segments_BT, rows), *weights)
 
     def local(self, split: Split, x_BTD, segments_BT, router_Ed, gate_up_eCfd, down_edf):
         """One device's rows through the experts, and the parts of experts that it holds."""
+        if split.apart:
+            # Devices talk: each holds a part of F for all tokens, of whom it has some.
+            x_BTD = lax.all_gather(x_BTD, split.apart, axis=1, tiled=True)
+            segments_BT = lax.pcast(segments_BT, split.apart, to="varying")
         x_ND, valid_N = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
-        router_ED = split.whole(router_Ed.astype(x_ND.dtype), 1, split.rows)
-        weight_NA, expert_NA, stats = self.route(x_ND, valid_N, router_ED, split.rows)
+        rows = split.rows + split.apart  # the latter see each token: that leaves all means the same
+        router_ED = split.whole(router_Ed.astype(x_ND.dtype), 1, rows)
+        weight_NA, expert_NA, stats = self.route(x_ND, valid_N, router_ED, rows)
         # Devices talk, backward: each holds a part of F, and what these ask of x is summed.
-        x_ND, weight_NA = lax.pcast((x_ND, weight_NA), split.hidden, to="varying")
+        others = tuple(axis for axis in split.hidden if axis not in split.apart)
+        x_ND, weight_NA = lax.pcast((x_ND, weight_NA), others, to="varying")
         through = functools.partial(self.through, split)
         if split.experts:  # what holds the rows of other devices is too large to keep
             through = from_arguments(through)
         y_ND = through(x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf)
         # Devices talk: F is split over tensor, and the sum over it crosses devices.
-        y_ND = lax.psum(y_ND, split.hidden) if split.hidden else y_ND
-        return y_ND.reshape(x_BTD.shape), stats
+        y_BTD = y_ND.reshape(x_BTD.shape)
+        y_BTD = lax.psum(y_BTD, others) if others else y_BTD
+        if split.apart:
+            y_BTD = lax.psum_scatter(y_BTD, split.apart, scatter_dimension=1, tiled=True)
+        return y_BTD, stats
 
     def through(self, split: Split, x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf):
         """[N, D]: each token through its experts, wherever they are."""

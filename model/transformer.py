@@ -22,7 +22,7 @@ from model.mlp import make_mlp
 from model.moe import MoeMlp
 from model.remat import Policy, policy
 from model.rope import rotation
-from sharding.layout import Layout
+from sharding.layout import Layout, divides
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 # A tree for each place of the pattern, its repetitions stacked; then one for each last layer.
@@ -164,6 +164,9 @@ class Transformer(nnx.Module):
             Embedding, layout=layout, rngs=rngs, dtype=cfg.param_dtype, std=arch.init.embed
         )
         norm = functools.partial(make_norm, arch.norm, cfg.embed, cfg.param_dtype)
+        self.whole, self.apart = (
+            layout.spec("batch", tokens, None) for tokens in ("sequence", "residual")
+        )
         self.embedding = table(cfg.vocab, cfg.embed)
         self.positions = table(extra.positions, cfg.embed, rows=None) if extra.positions else None
         self.types = table(extra.types, cfg.embed, rows=None) if extra.types else None
@@ -185,18 +188,26 @@ class Transformer(nnx.Module):
         return self.run(ids_BT, positions_BT, segments_BT, types_BT)[0]
 
     def embed(
-        self, ids_BT: jax.Array, positions_BT: jax.Array, types_BT: jax.Array | None
+        self,
+        ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        types_BT: jax.Array | None = None,
+        *,
+        apart: bool = False,
     ) -> jax.Array:
-        """What goes into the first layer, [B, T, D]."""
+        """What goes into the first layer, [B, T, D]; all the way to the head it lives where it
+        lives here: `apart`, with tokens split over tensor too, if there are enough of them."""
         cfg, extra = self.cfg, self.cfg.arch.embeddings
-        x_BTD = self.embedding(ids_BT, cfg.dtype)
+        apart = apart and divides(ids_BT.shape, self.apart)
+        out = self.apart if apart else self.whole
+        x_BTD = self.embedding(ids_BT, cfg.dtype, out)
         if extra.scale:
             x_BTD *= jnp.asarray(cfg.embed**0.5, x_BTD.dtype)
         if self.positions is not None:
-            x_BTD += self.positions(positions_BT + extra.first, cfg.dtype)
+            x_BTD += self.positions(positions_BT + extra.first, cfg.dtype, out)
         if self.types is not None:
             types_BT = jnp.zeros_like(ids_BT) if types_BT is None else types_BT
-            x_BTD += self.types(types_BT, cfg.dtype)
+            x_BTD += self.types(types_BT, cfg.dtype, out)
         return x_BTD if self.embedding_norm is None else self.embedding_norm(x_BTD)
 
     def run(
@@ -209,14 +220,15 @@ class Transformer(nnx.Module):
         documents: int = 0,
         keep: tuple[str, ...] = (),
         cache: Cache | None = None,
+        apart: bool = False,
     ) -> tuple[jax.Array, Parts]:
         """(hidden states after the last norm, extras of the layers).
 
         `documents` and `keep` say what Context does. With a cache the rows go on from what it
-        holds.
+        holds. `apart`: as `embed`, for training.
         """
         cfg, rope = self.cfg, self.cfg.arch.rope
-        x_BTD = self.embed(ids_BT, positions_BT, types_BT)
+        x_BTD = self.embed(ids_BT, positions_BT, types_BT, apart=apart)
         turn = functools.partial(rotation, positions_BT, cfg.head_dim)
         rotations = {"global": turn(rope.theta, rope.scaling)} if rope.theta else {}
         if rope.local_theta:
@@ -280,7 +292,7 @@ class Transformer(nnx.Module):
         over their layers of the router's balance, log(Z)^2 and largest load (MoeMlp), times the
         sum of `weights`, so that sums over micro-batches are means over the batch.
         """
-        x_BTD, extras = self.run(inputs, positions, segments, documents=documents)
+        x_BTD, extras = self.run(inputs, positions, segments, documents=documents, apart=True)
         loss, nats = self.head.loss(x_BTD, self.table(), targets, weights)
         told = {"nats": nats}
         routers = [extra["router"] for extra in extras[0] if "router" in extra] + [

@@ -4,9 +4,13 @@ The model says what a dimension is; this says where it goes.
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+
+from sharding.gather import axes_of
 
 MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
@@ -21,6 +25,7 @@ class Layout:
 
     batch: MeshAxis = ("dcn", "data", "fsdp", "expert")  # rows of a batch
     sequence: MeshAxis = "context"  # tokens of a row
+    residual: MeshAxis = "tensor"  # tokens between blocks, each part that `sequence` leaves
     layers: MeshAxis = "stage"
     experts: MeshAxis = "expert"
     embed: MeshAxis = "fsdp"  # of parameters; gathered layer by layer
@@ -29,10 +34,7 @@ class Layout:
     vocab: MeshAxis = "tensor"
 
     def __post_init__(self):
-        split = {
-            name: (value,) if isinstance(value, str) else value or ()
-            for name, value in vars(self).items()
-        }
+        split = {name: axes_of(value) for name, value in vars(self).items()}
         for name, axes in split.items():
             for axis in axes:
                 if axis not in AXES:
@@ -41,6 +43,7 @@ class Layout:
                     raise ValueError(f"{name}={','.join(axes)} names {axis} twice")
         pairs = itertools.product(("batch", "sequence"), ("sequence", "heads", "mlp", "vocab"))
         together = [(first, last) for first, last in pairs if first != last]
+        together += [("batch", "residual"), ("sequence", "residual")]
         for first, last in (*together, ("experts", "embed"), ("experts", "mlp")):
             for axis in split[first]:
                 if axis in split[last]:
@@ -60,9 +63,16 @@ class Layout:
         sizes = jax.sharding.get_abstract_mesh().shape
 
         def dim(name: str | None) -> MeshAxis:
-            axes = getattr(self, name) if name else ()
-            axes = (axes,) if isinstance(axes, str) else axes or ()
+            parts = ("sequence", "residual") if name == "residual" else (name,) if name else ()
+            axes = itertools.chain(*(axes_of(getattr(self, part)) for part in parts))
             axes = tuple(axis for axis in axes if sizes.get(axis) != 1)
             return axes[0] if len(axes) == 1 else axes or None
 
         return jax.P(*map(dim, names))
+
+
+def divides(shape: Sequence[int], spec: jax.P) -> bool:
+    """Whether each dim is a multiple of the devices, of the mesh in use, that split it."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    ways = (math.prod(sizes[axis] for axis in axes_of(dim)) for dim in spec)
+    return not any(size % n for size, n in zip(shape, ways, strict=False))

@@ -28,11 +28,23 @@ EXPERTS = dataclasses.replace(
         norm=Norm(offset=1.0, placement="sandwich"),
     ),
 )
+ENCODER = dataclasses.replace(
+    MODEL,
+    arch=Arch(
+        norm=Norm("layer", bias=True, placement="post"),
+        attention=Attention(causal=False, qkv_bias=True, out_bias=True),
+        embeddings=Embeddings(positions=12, types=2, norm=True),
+        activation="gelu_erf",
+        mlp_bias=True,
+    ),
+)
 DEEP = dataclasses.replace(MODEL, layers=3, remat="full", unroll=2)
 LAYOUTS = {
     "embed whole": Layout(embed=None),
     "vocab whole": Layout(vocab=None),
     "mlp whole": Layout(mlp=None),
+    "heads whole": Layout(heads=None),
+    "residual whole": Layout(residual=None),
     "weights over data too": Layout(embed=("data", "fsdp")),
     "vocab over fsdp": Layout(embed=None, vocab=("fsdp", "tensor"), batch="data", heads="fsdp"),
     "rows whole": Layout(batch=None, embed=None),
@@ -86,6 +98,7 @@ def logical(layout, path, rank):
     sparse = rank == 5  # a stack of experts
     dims = {
         "positions.table": (None, "embed"),
+        "types.table": (None, "embed"),
         "router.weight": (None, "embed"),
         "q_norm.scale": ("heads", None, None),
         "k_norm.scale": ("heads", None, None),
@@ -95,6 +108,8 @@ def logical(layout, path, rank):
         "out.weight": ("embed", "heads", None, None),
         "gate_up.weight": ("experts",) * sparse + (None, "mlp", "embed"),
         "gate_up.bias": (None, "mlp"),
+        "up.weight": ("mlp", "embed"),
+        "up.bias": ("mlp",),
         "down.weight": ("experts",) * (rank == 4) + ("embed", "mlp"),
     }
     own = dims.get(".".join(names[-2:])) or dims.get(names[-1]) or ()
@@ -138,7 +153,9 @@ def test_every_layout_gives_the_losses_of_one_device(alone, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", [TIED, DEEP, EXPERTS], ids=["tied", "unrolled and recomputed", "experts"]
+    "model",
+    [TIED, DEEP, EXPERTS, ENCODER],
+    ids=["tied", "unrolled and recomputed", "experts", "encoder"],
 )
 def test_other_models_give_the_losses_of_one_device(alone, model):
     check(alone, (2, 2, 2), model=model)
