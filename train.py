@@ -26,6 +26,7 @@ from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
 from sharding import context, runtime
 from sharding import mesh as meshes
+from training.guard import Guard, taken
 from training.lock import Lock
 from training.loop import Loop
 from training.origin import Origin, resolve
@@ -62,19 +63,21 @@ class State:
     step: jax.Array  # steps done
     params: Any
     opt_state: Any
+    guard: Guard
 
 
 def init_state(program: "Program", seed: int) -> State:
     """The state before the first step; under jit each device makes its own part."""
     run = program.run
     params = transformer.init(run.model, run.layout, jax.random.key(seed))
-    return State(jnp.int32(0), params, program.optimizer.init(params))
+    return State(jnp.int32(0), params, program.optimizer.init(params), Guard.fresh())
 
 
 def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, dict]:
     """One step: (state, batch) in, the next state and its metrics, as device scalars, out.
 
     The loss is the mean over the batch's target tokens, in however many micro-batches it comes.
+    A step that the guard does not let through changes neither parameters nor optimizer.
     """
     run = program.run
     count = jnp.sum(batch["segments"] > 0)
@@ -103,14 +106,18 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
 
     updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    nats, norm = told.pop("nats"), optax.tree.norm(grads)
+    good, guard, judged = state.guard.judge(run.guard, nats, norm)
+    params, opt_state = taken(good, (params, opt_state), (state.params, state.opt_state))
     metrics = {
-        "loss": told.pop("nats"),
-        "grad_norm": optax.tree.norm(grads),
-        "lr": program.schedule(state.step),
+        "loss": nats,
+        "grad_norm": norm,
+        "lr": program.schedule(state.step - state.guard.skipped),  # the optimizer's own count
         "tokens": count,
+        **judged,
         **told,
     }
-    return State(state.step + 1, params, opt_state), metrics
+    return State(state.step + 1, params, opt_state, guard), metrics
 
 
 def micro_batches(batch: Batch, parts: int) -> Batch:
@@ -179,7 +186,7 @@ class Program:
         """The state before the first step, of these parameters, whose memory it takes over."""
 
         def state(params: Any) -> State:
-            return State(jnp.int32(0), params, self.optimizer.init(params))
+            return State(jnp.int32(0), params, self.optimizer.init(params), Guard.fresh())
 
         return jax.jit(state, donate_argnums=0, compiler_options=runtime.once())(params)
 

@@ -246,6 +246,10 @@ class Store:
         """The newest step saved."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps saved."""
+        return list(self._manager.all_steps())
+
     def save(self, step: int, state: Any, run: dict, tokenizer: dict) -> None:
         """Save `state`, a tree of arrays; returns once they are copied and writes beside the run.
 

@@ -12,7 +12,8 @@ from optim.config import OptimConfig
 from sharding.layout import BUILT, Layout
 from sharding.mesh import MeshConfig
 
-MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "sample")
+MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "guard", "sample")
+WINDOW = 128  # losses that a state remembers
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,23 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about steps that would harm it. docs/faults.md"""
+
+    stop: int = 10  # steps skipped in a row that end the run
+    spike: float = 0.0  # deviations above the mean loss from which a step is skipped; 0: any loss
+    window: int = 64  # steps, of those that were taken, that the mean is of
+    rewind: int = 0  # times that a run goes back to a save, past the batches, before it ends
+
+    def __post_init__(self):
+        at_least("stop", self.stop, 1)
+        at_least("rewind", self.rewind, 0)
+        at_least("spike", self.spike, 0)
+        if not 8 <= self.window <= WINDOW:
+            raise ValueError(f"window={self.window} must be 8 to {WINDOW} steps")
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """The text that the model writes when the run is done."""
 
@@ -79,6 +97,7 @@ class Run:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def __post_init__(self):

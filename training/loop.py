@@ -4,7 +4,7 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,9 +18,19 @@ from monitor.profile import Profile
 from monitor.progress import Progress
 from monitor.signals import Signals
 from sharding import mesh as meshes
+from training import guard
+from training.health import Health, older
 from training.origin import Origin
 from training.text import Text
 from training.watch import COMPUTES, READS, Watch
+
+
+class Pending(NamedTuple):
+    """A step whose metrics are on the device."""
+
+    metrics: dict[str, jax.Array]
+    waited_s: float  # for its batch
+    samples: tuple  # of the batch
 
 
 class Loop:
@@ -44,7 +54,9 @@ class Loop:
         self.metrics.text("config", json.dumps(to_json(run), indent=2))
         self.progress = Progress(run.steps, origin.step, main=meshes.is_main())
         self.speed = Speed(run.model, run.data.seq)
-        self.pending: list[tuple[dict, float]] = []  # metrics on the device, seconds of data wait
+        self.pending: list[Pending] = []
+        self.health = Health(run.guard, workdir, self.progress)
+        self.rewinds = origin.note.get("rewinds", 0)
         self.evaluate_batch = program.evaluation()
 
     def run_steps(self, signals: Signals, profile: Profile) -> None:
@@ -64,16 +76,20 @@ class Loop:
                     self.log()  # the step before, while the device works on this one
                 profile.after(step, metrics)
                 self.step = step
-                self.pending.append((metrics, self.text.loader.waited_s))
+                self.pending.append(Pending(metrics, self.text.loader.waited_s, batch.samples))
                 self.progress.step(step)
                 if due(step, run.eval.every) and step < run.steps:
                     self.evaluate()
                 stop = self.watch.stop(step, signals.received)
                 self.check_saves()
-                if due(step, run.checkpoint.every) or stop or step == run.steps or self.retry():
-                    self.save(wait=bool(stop) or step == run.steps)
+                back = self.health.failed and self.rewind()
+                ends = bool(stop or self.health.failed or step == run.steps)
+                if due(step, run.checkpoint.every) or ends or back or self.retry():
+                    self.save(wait=ends)
                 if stop:
                     self.stop(stop)
+                if self.health.failed and ends:
+                    self.give_up()
             self.evaluate()
         self.watch.done()
 
@@ -81,7 +97,7 @@ class Loop:
         """Fetch the metrics of the steps since the last log and write the last one's row."""
         if not self.pending:
             return
-        fetched = jax.device_get([metrics for metrics, _ in self.pending])
+        fetched = jax.device_get([step.metrics for step in self.pending])
         tokens = sum(int(metrics["tokens"]) for metrics in fetched)
         self.tokens += tokens
         last = fetched[-1]
@@ -93,17 +109,16 @@ class Loop:
             **{key: float(value) for key, value in last.items() if key.startswith("router_")},
             "tokens": self.tokens,
             **self.speed.over(len(fetched), tokens),
-            "data_wait_s": sum(waited for _, waited in self.pending) / len(self.pending),
+            "data_wait_s": sum(step.waited_s for step in self.pending) / len(self.pending),
             "peak_mem_bytes": devices.peak_memory(),
+            "skipped": int(last["skipped"]),
         }
-        self.pending.clear()
         self.metrics.train(row)
         self.progress.log(row)
-        if not math.isfinite(row["loss"]):
-            raise command.Unhealthy(
-                f"the loss of step {self.step} is {row['loss']}; a lower optim.lr or a longer "
-                f"optim.warmup may help; the last good state is step {self.saves.latest()}"
-            )
+        first = self.step - len(fetched) + 1
+        for step, (metrics, pending) in enumerate(zip(fetched, self.pending, strict=True), first):
+            self.health.see(step, metrics, pending.samples)
+        self.pending.clear()
 
     def evaluate(self) -> None:
         """The held-out loss."""
@@ -126,7 +141,10 @@ class Loop:
     def save(self, *, wait: bool) -> None:
         """Save the state, `wait` for the disk; an error is told, and the exit code if it stays."""
         self.log()
-        note = {"run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens}
+        note = {
+            "run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens,
+            "rewinds": self.rewinds,
+        }  # fmt: skip
         error = None
         with self.speed.pause(), self.watch.rest():
             try:
@@ -167,6 +185,38 @@ class Loop:
         """Whether to save for an earlier save that failed."""
         waited = self.retry_from is not None and self.step >= self.retry_from
         return waited and due(self.step, self.run.log.every)
+
+    def rewind(self) -> bool:
+        """Go back to the state of a save from before the skipped steps; the data does not.
+
+        False if the run may not, or has no such save.
+        """
+        self.log()
+        if self.rewinds >= self.run.guard.rewind:
+            return False
+        with self.speed.pause(), self.watch.rest(), jax.transfer_guard("allow"):
+            self.saves.wait()
+            to = older(self.saves.steps(), self.health.first)
+            if to < 0:
+                return False
+            saved = store.Saved.open(self.saves.path, to)
+            saved.verify(jax.process_index(), jax.process_count())
+            step, self.state = self.state.step, None  # two states may be more than fits
+            self.state = guard.rewound(saved.restore(self.program.state), step)
+        self.rewinds += 1
+        self.health.forgive()
+        self.progress.print(
+            f"rewound    to the state of step {to}, past the batches up to step {self.step} "
+            f"({self.rewinds} of guard.rewind={self.run.guard.rewind})"
+        )
+        return True
+
+    def give_up(self) -> None:
+        """End the command after too many skipped steps."""
+        saved = f"step {self.step} is saved" if self.saved_step == self.step else (
+            f"step {self.step} could not be saved"
+        )  # fmt: skip
+        raise command.Unhealthy(f"{self.health.verdict()}; {saved}")
 
     def stop(self, signum: int) -> None:
         """End the command."""

@@ -28,7 +28,7 @@ def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
     run = program.run
     sizes = " x ".join(f"{axis}={n}" for axis, n in jax.sharding.get_mesh().shape.items())
     held = memory.state_bytes(vars(program.state)).items()
-    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held if size > 99)
+    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held if size > 999)
     tokens, rate = run.data.batch * run.data.seq, speed.rate / 1e9
     lines = [
         describe(run),

@@ -108,7 +108,7 @@ def test_a_seed_that_jax_would_take_for_another_is_refused():
 def test_describe_shows_every_group_on_one_line_and_nested_fields_only_where_they_differ():
     lines = describe(Run()).splitlines()
     words = [line.split()[0] for line in lines]
-    assert " ".join(words) == "run model data optim mesh layout log eval checkpoint sample"
+    assert " ".join(words) == "run model data optim mesh layout log eval checkpoint guard sample"
     assert "arch" not in describe(Run())
     text = describe(run(**{"model.arch.norm.kind": "layer", "layout.mlp": "none", "steps": "7"}))
     assert "arch.norm.kind=layer" in text

@@ -1,0 +1,81 @@
+"""Health: what is told of steps that were skipped, and when a run has had too many of them."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from configs.run import GuardConfig
+from monitor.append import AppendFile
+from monitor.progress import Progress
+from sharding import mesh as meshes
+
+
+class Health:
+    """Judges the fetched metrics of a run's steps.
+
+    A skipped step is a line at the terminal and one in WORKDIR/skipped.jsonl, with the ids of the
+    samples of its batch: source, epoch, document, first token; by row. Each process writes those of
+    its own rows, others than the first into skipped-PROCESS.jsonl.
+    """
+
+    def __init__(self, cfg: GuardConfig, workdir: Path, progress: Progress):
+        self.cfg, self._progress = cfg, progress
+        own = f"-{jax.process_index()}" if jax.process_index() else ""
+        self.path = workdir / f"skipped{own}.jsonl"
+        self.first = self.last = 0  # of too many skipped steps in a row, once there were
+        self.why = ""  # of the last one
+
+    @property
+    def failed(self) -> bool:
+        """Whether `guard.stop` steps in a row were skipped."""
+        return self.last > 0
+
+    def see(self, step: int, metrics: dict[str, Any], samples: Sequence[Any]) -> None:
+        """The metrics of a step, on the host, and the samples of its rows in this process."""
+        in_row = int(metrics["in_row"])
+        if not in_row:
+            return
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        self.why = reason(loss, norm, float(metrics.get("spike", 0)))
+        row = {"step": step, "why": self.why, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
+        file = AppendFile(self.path)
+        file.write(json.dumps({**row, "samples": samples}).encode() + b"\n")
+        file.close()
+        self._progress.print(f"skipped    step {step}: {self.why}; its samples: {self.path}")
+        if in_row >= self.cfg.stop:
+            self.first, self.last = step - in_row + 1, step
+
+    def forgive(self) -> None:
+        """The run has gone back to where it was well."""
+        self.first = self.last = 0
+
+    def verdict(self) -> str:
+        """Why the run ends, and what would help."""
+        spike = "gradient" not in self.why and "not finite" not in self.why
+        lever = "a higher guard.spike, if that is what the data is like," if spike else (
+            "a longer optim.warmup"
+        )  # fmt: skip
+        return (
+            f"steps {self.first} to {self.last} were skipped in a row (guard.stop={self.cfg.stop}):"
+            f" at the last {self.why}. Parameters and moments are as before step {self.first}; "
+            f"the batches are in {self.path}. A lower optim.lr, {lever} or "
+            f"--config.guard.rewind=1, to go on from an earlier save with later batches, may help"
+        )
+
+
+def reason(loss: float, norm: float, spike: float) -> str:
+    """Why a step of this loss, gradient norm and score was skipped."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}, not finite"
+    if not math.isfinite(norm):
+        return f"the norm of the gradient is {norm}, the loss {loss:.4g}"
+    return f"the loss {loss:.4g} is {spike:.1f} deviations above the mean"
+
+
+def older(steps: Sequence[int], first: int) -> int:
+    """The newest of the saved steps before `first`, -1 if there is none, in all processes."""
+    return meshes.agree(max((step for step in steps if step < first), default=-1))
