@@ -26,6 +26,7 @@ from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
 from sharding import context, runtime
 from sharding import mesh as meshes
+from sharding.stages import stage_count
 from training.guard import Guard, taken
 from training.lock import Lock
 from training.loop import Loop
@@ -79,19 +80,23 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
     The loss is the mean over the batch's target tokens, in however many micro-batches it comes.
     A step that the guard does not let through changes neither parameters nor optimizer.
     """
-    run = program.run
+    run, staged = program.run, stage_count() > 1
     count = jnp.sum(batch["segments"] > 0)
 
     def loss(params: Any, rows: Batch) -> tuple[jax.Array, dict]:
         weights = (rows["segments"] > 0).astype(jnp.float32) / jnp.maximum(count, 1)
-        model = nnx.merge(program.graph, params)
-        return model.loss(**rows, weights=weights, documents=program.documents)
+        model, rows = nnx.merge(program.graph, params), {**rows, "weights": weights}
+        if staged:
+            return model.staged_loss(rows, run.pipeline, documents=program.documents)
+        return model.loss(**rows, documents=program.documents)
 
     def gradient(rows: Batch) -> tuple[dict, Any]:
         (_, told), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
         return told, grads
 
-    if run.optim.accumulate == 1:
+    if staged:
+        told, grads = gradient(micro_batches(batch, run.optim.accumulate))
+    elif run.optim.accumulate == 1:
         told, grads = gradient(batch)
     else:
         parts = micro_batches(batch, run.optim.accumulate)
@@ -132,9 +137,13 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
 
 def eval_step(program: "Program", params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(nats of all targets, number of targets)."""
-    weights = (batch["segments"] > 0).astype(jnp.float32)
-    model = nnx.merge(program.graph, params)
-    _, told = model.loss(**batch, weights=weights, documents=program.documents)
+    run, weights = program.run, (batch["segments"] > 0).astype(jnp.float32)
+    model, rows = nnx.merge(program.graph, params), {**batch, "weights": weights}
+    if stage_count() > 1:
+        rows = micro_batches(rows, run.optim.accumulate)
+        _, told = model.staged_loss(rows, run.pipeline, documents=program.documents)
+    else:
+        _, told = model.loss(**rows, documents=program.documents)
     return told["nats"], jnp.sum(weights)
 
 

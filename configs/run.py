@@ -11,8 +11,10 @@ from model.config import ModelConfig, at_least
 from optim.config import OptimConfig
 from sharding.layout import BUILT, Layout
 from sharding.mesh import MeshConfig
+from sharding.schedule import PipelineConfig
 
-MAY_CHANGE = ("name", "steps", "mesh", "layout", "log", "eval", "checkpoint", "guard", "sample")
+MAY_CHANGE = ("name", "steps", "mesh", "layout", "pipeline", "log", "eval", "checkpoint", "guard")
+MAY_CHANGE += ("sample", "optim.accumulate")  # each mesh has its own best number of micro-batches
 WINDOW = 128  # losses that a state remembers
 
 
@@ -94,6 +96,7 @@ class Run:
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     layout: Layout = field(default_factory=Layout)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -136,6 +139,7 @@ def check_split(run: Run, devices: int) -> None:
         axis = "heads" if name == "kv_heads" else name
         fix = f", or --config.layout.{axis}=none"
         _divides(f"model: {name}", getattr(run.model, name), _ways(run, axis, sizes), fix)
+    _check_stages(run, sizes)
     moe, ways = run.model.arch.moe, _ways(run, "experts", sizes)
     _divides("model: arch.moe.mlp", moe.mlp, _ways(run, "mlp", sizes))
     _divides("model: arch.moe.experts", moe.experts, ways)
@@ -150,6 +154,25 @@ def check_split(run: Run, devices: int) -> None:
                 f"layout: experts on {axis} needs batch on {axis} too: each device sends the "
                 f"tokens of its own rows"
             )
+
+
+def _check_stages(run: Run, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless the layers can be split over the stages, and nothing else is."""
+    if run.layout.layers not in ("stage", None):
+        raise ValueError(f"layout: layers={run.layout.layers!r} must be stage, or none")
+    if sizes["stage"] == 1:
+        return
+    if run.layout.layers is None:
+        raise ValueError(
+            f"layout: layers=none leaves nothing to do for mesh.stage={sizes['stage']}"
+        )
+    for name in vars(run.layout):
+        if name not in ("layers", "vocab") and "stage" in _ways(run, name, sizes):
+            raise ValueError(
+                f"layout: {name} on stage cannot be: stages hold layers, and share the vocabulary"
+            )
+    repeats = {"repeats": run.pipeline.repeats, "layers of the pattern": run.model.places}
+    _divides("model: layers", run.model.layers, {"stage": sizes["stage"], **repeats})
 
 
 def _trainable(run: Run) -> None:
@@ -208,7 +231,7 @@ def differences(before: Run, now: Run) -> list[str]:
     return [
         f"{path}={fields.spell(there[path])} there, {fields.spell(value)} here"
         for path, _, value in fields.leaves(now)
-        if path.split(".")[0] not in MAY_CHANGE and value != there[path]
+        if not {path, path.split(".")[0]} & set(MAY_CHANGE) and value != there[path]
         if path != "model.vocab" or value  # 0 is resolved before it is saved
     ]
 

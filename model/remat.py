@@ -19,12 +19,17 @@ REMAT = {
 # What comes from other devices and what stands around it in sharding/gather.py: kept, the weights
 # of all layers would lie whole on every device. A transpose elsewhere is as cheap to make again.
 GATHERS = ("all_gather", "preduced", "transpose")
+MOVES = ("convert_element_type", "slice", "squeeze", "split", "reshape", "broadcast_in_dim")
 
 
-def policy(remat: str) -> Policy:
-    """For `jax.checkpoint`. "none" keeps all but what was gathered, which is gathered again."""
+def policy(remat: str, *, in_flight: bool = False) -> Policy:
+    """For `jax.checkpoint`. "none" keeps all but what was gathered, which is gathered again.
+
+    In a pipeline it keeps nothing that was only cast or moved, as weights are: a stage would keep
+    a copy of its own for each micro-batch that is on its way.
+    """
     if remat == "none":
-        return own
+        return computed if in_flight else own
     named = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])
     if "attention" not in REMAT[remat]:
         return named
@@ -60,3 +65,8 @@ def from_arguments(f: Callable) -> Callable:
 
     call.defvjp(lambda *args: (f(*args), args), backward)
     return call
+
+
+def computed(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether a primitive does arithmetic."""
+    return own(primitive) and primitive.name not in MOVES

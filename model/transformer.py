@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D embed. A stacked weight leads with L, its layers.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,10 @@ from model.layers import Embedding, Role, make_norm
 from model.mlp import make_mlp
 from model.moe import MoeMlp
 from model.remat import Policy, policy
-from model.rope import rotation
+from model.rope import Rotation, rotation
+from sharding import pipeline, stages
 from sharding.layout import Layout, divides
+from sharding.schedule import PipelineConfig, Table
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
 # A tree for each place of the pattern, its repetitions stacked; then one for each last layer.
@@ -156,8 +159,9 @@ class Transformer(nnx.Module):
         repeats, rest = divmod(cfg.layers, cfg.places)
 
         def stack(place: int) -> Block:
-            """A Block whose weights lead with L."""
+            """A Block whose weights lead with L; a stage draws its own layers only."""
             keys = jax.random.split(rngs.params(), repeats)
+            keys = jax.reshard(keys, layout.spec("layers"))
             return jax.vmap(lambda key: Block(cfg, place, layout, nnx.Rngs(key)))(keys)
 
         table = functools.partial(
@@ -227,13 +231,17 @@ class Transformer(nnx.Module):
         `documents` and `keep` say what Context does. With a cache the rows go on from what it
         holds. `apart`: as `embed`, for training.
         """
-        cfg, rope = self.cfg, self.cfg.arch.rope
+        cfg = self.cfg
         x_BTD = self.embed(ids_BT, positions_BT, types_BT, apart=apart)
-        turn = functools.partial(rotation, positions_BT, cfg.head_dim)
-        rotations = {"global": turn(rope.theta, rope.scaling)} if rope.theta else {}
-        if rope.local_theta:
-            rotations["local"] = turn(rope.local_theta)
+        if stages.stage_count() > 1:
+            assert cache is None and not keep, "only whole rows go through stages"
+            cut, layers, _ = self.cut(documents=documents)
+            weights_BT = (segments_BT > 0).astype(jnp.float32)
+            rows = {"positions": positions_BT, "segments": segments_BT, "weights": weights_BT}
+            x_BTD = pipeline.relay(cut.stage, layers, x_BTD, rows)
+            return x_BTD if self.norm is None else self.norm(x_BTD), ((), ())
         held = None if cache is None else cache.lengths
+        rotations = rotations_of(cfg, positions_BT)
         context = Context(segments_BT, rotations, documents, held, keep)
         graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         rest = [nnx.state(block) for block in self.rest]
@@ -286,31 +294,63 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss of predicting `targets`, as LanguageHead.loss sums it; all [B, T].
 
-        `documents` is the most that a row has; 0: any number.
-
-        With it what to tell of it: "nats" without any auxiliary loss and, of experts, the means
-        over their layers of the router's balance, log(Z)^2 and largest load (MoeMlp), times the
-        sum of `weights`, so that sums over micro-batches are means over the batch.
+        `documents` is the most that a row has; 0: any number. With the loss what to tell of it:
+        "nats" without any auxiliary loss, and `of_routers`.
         """
+        assert stages.stage_count() == 1, "staged_loss goes through stages"
         x_BTD, extras = self.run(inputs, positions, segments, documents=documents, apart=True)
         loss, nats = self.head.loss(x_BTD, self.table(), targets, weights)
-        told = {"nats": nats}
-        routers = [extra["router"] for extra in extras[0] if "router" in extra] + [
-            jax.tree.map(lambda one: one[None], extra["router"])
-            for extra in extras[1]
-            if "router" in extra
-        ]
-        if routers:
-            moe, share = self.cfg.arch.moe, jnp.sum(weights)
-            balance, z, load = (
-                jnp.concatenate([router[name] for router in routers])
-                for name in ("balance", "z", "load")
-            )
-            told["router_balance"] = share * jnp.mean(balance)
-            told["router_z"] = share * jnp.mean(z)
-            told["router_load"] = share * jnp.mean(jnp.max(load, axis=-1))
-            loss += moe.balance * told["router_balance"] + moe.z_loss * told["router_z"]
-        return loss, told
+        more, told = of_routers(self.cfg, extras, jnp.sum(weights))
+        return loss + more, {"nats": nats, **told}
+
+    def staged_loss(
+        self, rows: dict[str, jax.Array], how: PipelineConfig, *, documents: int = 0
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`loss` of micro-batches, summed: its arguments, each [M, B, T], through the stages."""
+        table = Table.make(how, stages.stage_count(), len(rows["inputs"]))
+        cut, layers, ends = self.cut(how.repeats, documents=documents)
+        return pipeline.loss(cut, table, layers, ends, rows)
+
+    def cut(self, repeats: int = 1, *, documents: int = 0) -> tuple[pipeline.Cut, Any, Any]:
+        """(the model in parts, its layers as a pipeline takes them, the weights of its ends)."""
+        cfg, keep = self.cfg, policy(self.cfg.remat, in_flight=True)
+        graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
+        remat = functools.partial(jax.checkpoint, policy=keep, prevent_cse=False)
+        blocks = [remat(pure(graph)) for graph in graphs]
+        bare = copy.copy(self)
+        bare.blocks = nnx.List([])
+        graph, ends = nnx.split(bare)
+
+        def enter(ends: Any, row: pipeline.Rows) -> jax.Array:
+            return nnx.merge(graph, ends).embed(row["inputs"], row["positions"], apart=True)
+
+        def stage(
+            layers: Any, x_BTD: jax.Array, row: pipeline.Rows
+        ) -> tuple[jax.Array, jax.Array, pipeline.Told]:
+            context = Context(row["segments"], rotations_of(cfg, row["positions"]), documents)
+
+            def repetition(x_BTD: jax.Array, weights: Sequence[Any]) -> tuple[jax.Array, tuple]:
+                extras = []
+                for block, own in zip(blocks, weights, strict=True):
+                    x_BTD, extra = block(own, x_BTD, context)
+                    extras.append(extra)
+                return x_BTD, tuple(extras)
+
+            # A loop, even of one: so each weight that its backward pass needs is an argument.
+            x_BTD, extras = lax.scan(repetition, x_BTD, layers, unroll=cfg.unroll)
+            share_S = jnp.sum(stages.apart(row["weights"]), axis=(1, 2))
+            return x_BTD, *of_routers(cfg, (extras, ()), share_S)
+
+        def leave(
+            ends: Any, x_BTD: jax.Array, row: pipeline.Rows
+        ) -> tuple[jax.Array, pipeline.Told]:
+            model = nnx.merge(graph, ends)
+            x_BTD = x_BTD if model.norm is None else model.norm(x_BTD)
+            loss, nats = model.head.loss(x_BTD, model.table(), row["targets"], row["weights"])
+            return loss, {"nats": nats}
+
+        layers = jax.tree.map(functools.partial(stages.deal, repeats=repeats), stacks)
+        return pipeline.Cut(enter, stage, leave), layers, ends
 
     def logits(
         self,
@@ -322,6 +362,43 @@ class Transformer(nnx.Module):
         """What the head reads from the hidden states, float32: [B, T, V] of a language head."""
         x_BTD = self(ids_BT, positions_BT, segments_BT, types_BT)
         return self.head.logits(x_BTD, self.table())
+
+
+def rotations_of(cfg: ModelConfig, positions_BT: jax.Array) -> dict[str, Rotation]:
+    """RoPE's of these tokens, for layers with and without a window."""
+    rope = cfg.arch.rope
+    turn = functools.partial(rotation, positions_BT, cfg.head_dim)
+    rotations = {"global": turn(rope.theta, rope.scaling)} if rope.theta else {}
+    if rope.local_theta:
+        rotations["local"] = turn(rope.local_theta)
+    return rotations
+
+
+def of_routers(cfg: ModelConfig, extras: Parts, share: jax.Array) -> tuple[jax.Array, dict]:
+    """(what routers add to the loss, what to tell of them), from the extras of some layers.
+
+    Told are means over all layers with experts of the balance, of log(Z)^2 and of the largest load
+    (MoeMlp), times `share`, the sum of the rows' weights, so that sums over micro-batches and over
+    stages are means over the batch.
+    """
+    routers = [extra["router"] for extra in extras[0] if "router" in extra] + [
+        jax.tree.map(lambda one: one[None], extra["router"])
+        for extra in extras[1]
+        if "router" in extra
+    ]
+    if not routers:
+        return jnp.zeros_like(share), {}
+    moe, count = cfg.arch.moe, sum(map(cfg.sparse, range(cfg.layers)))
+
+    def mean(name: str, of: Callable[[jax.Array], jax.Array] = lambda a: a) -> jax.Array:
+        return share / count * sum(jnp.sum(of(router[name]), axis=0) for router in routers)
+
+    told = {
+        "router_balance": mean("balance"),
+        "router_z": mean("z"),
+        "router_load": mean("load", lambda load: jnp.max(load, axis=-1)),
+    }
+    return moe.balance * told["router_balance"] + moe.z_loss * told["router_z"], told
 
 
 def after(x_BTD: jax.Array, keys_values: Any) -> Any:

@@ -15,7 +15,7 @@ from sharding.gather import axes_of
 MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
 AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
-BUILT = ("dcn", "data", "fsdp", "expert", "context", "tensor")
+BUILT = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
 SERVING = ("data", "fsdp", "tensor")  # axes that a model can be used on, not only trained
 
 
@@ -31,7 +31,7 @@ class Layout:
     embed: MeshAxis = "fsdp"  # of parameters; gathered layer by layer
     heads: MeshAxis = "tensor"  # kv heads, and the query heads that go with each
     mlp: MeshAxis = "tensor"
-    vocab: MeshAxis = "tensor"
+    vocab: MeshAxis = ("stage", "tensor")
 
     def __post_init__(self):
         split = {name: axes_of(value) for name, value in vars(self).items()}

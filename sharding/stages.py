@@ -4,21 +4,35 @@ While a pipeline runs, the rows that its stages work on are one batch, [S B, ...
 `stage` before any other axis, and each weight of the layer that they go through leads with S, split
 over `stage` too. A layer is then what it is without stages: the devices of a stage talk among
 themselves. Only what brings rows and weights together has to pair them, by what stands here.
+Below it: how stages take from what they hold, and where they talk with one another.
 
-Shapes: S stages, B rows of each.
+Shapes: S stages, B rows of each, V chunks of a stage, R layers of a chunk, L = R S V layers.
 """
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from sharding.gather import axes_of, without
 
 STAGE = "stage"
 
 
+def stage_count() -> int:
+    """Stages of the mesh in use."""
+    return jax.sharding.get_abstract_mesh().shape.get(STAGE, 1)
+
+
 def in_flight(x: jax.Array) -> bool:
     """Whether the rows of x, its first dim, are split over stages."""
     return STAGE in axes_of(jax.typeof(x).sharding.spec[0])
+
+
+# ---- rows and weights ----------------------------------------------------------------------------
 
 
 def apart_spec(spec: jax.P) -> jax.P:
@@ -48,3 +62,134 @@ def for_rows(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.broadcast_to(w, (len(x), *w.shape[1:]))
 
     return jax.shard_map(local, out_specs=spec)(w, x)
+
+
+# ---- each stage for itself: nothing moves --------------------------------------------------------
+
+
+def flight_spec(spec: jax.P) -> jax.P:
+    """The partition of rows in flight from that of a micro-batch's."""
+    return jax.P((STAGE, *axes_of(spec[0])), *spec[1:])
+
+
+def along(values: np.ndarray) -> jax.Array:
+    """[..., S], a number for each stage, split over them."""
+    return jax.reshard(jnp.asarray(values), jax.P(*[None] * (values.ndim - 1), STAGE))
+
+
+def pick(tree: Any, index_S: jax.Array) -> Any:
+    """[N, ...] to [...]: each stage takes the one that its index names. Of rows: [S B, ...]."""
+
+    def spec(a: jax.Array) -> jax.P:
+        own = jax.P(*jax.typeof(a).sharding.spec[1:])
+        return own if STAGE in sum(map(axes_of, own), ()) else flight_spec(own)
+
+    def local(tree: Any, index: jax.Array) -> Any:
+        return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index[0], keepdims=False), tree)
+
+    return jax.shard_map(local, out_specs=jax.tree.map(spec, tree))(tree, index_S)
+
+
+def put(tree: Any, values: Any, index_S: jax.Array) -> Any:
+    """[N, ...] with [...] at the index of each stage."""
+
+    def local(tree: Any, values: Any, index: jax.Array) -> Any:
+        return jax.tree.map(
+            lambda a, value: lax.dynamic_update_index_in_dim(a, value, index[0], 0), tree, values
+        )
+
+    return jax.shard_map(local, out_specs=_specs(tree))(tree, values, index_S)
+
+
+def chunk(layers: Any, index_S: jax.Array, repeats: int) -> Any:
+    """[V R, S, ...] to [R, S, ...]: each stage takes the chunk that its index names."""
+
+    def local(layers: Any, index: jax.Array) -> Any:
+        def one(a: jax.Array) -> jax.Array:
+            R = len(a) // repeats
+            return lax.dynamic_slice_in_dim(a, index[0] * R, R)
+
+        return jax.tree.map(one, layers)
+
+    return jax.shard_map(local, out_specs=_specs(layers))(layers, index_S)
+
+
+def add(layers: Any, more: Any, index_S: jax.Array, on_S: jax.Array) -> Any:
+    """[V R, S, ...] with [R, S, ...] added to the chunk of each stage that is on."""
+
+    def local(layers: Any, more: Any, index: jax.Array, on: jax.Array) -> Any:
+        def one(a: jax.Array, b: jax.Array) -> jax.Array:
+            start = index[0] * len(b)
+            total = lax.dynamic_slice_in_dim(a, start, len(b)) + jnp.where(on[0], b, 0)
+            return lax.dynamic_update_slice_in_dim(a, total, start, 0)
+
+        return jax.tree.map(one, layers, more)
+
+    return jax.shard_map(local, out_specs=_specs(layers))(layers, more, index_S, on_S)
+
+
+def where(on_S: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Rows in flight: at the stages that are on `new`, [B, ...] of a micro-batch, else `old`."""
+
+    def local(on: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(on[0], new, old)
+
+    return jax.shard_map(local, out_specs=jax.typeof(old).sharding.spec)(on_S, new, old)
+
+
+# ---- stages talk ---------------------------------------------------------------------------------
+
+
+def send(x: jax.Array, by: int, *, around: bool) -> jax.Array:
+    """Rows in flight, `by` stages on; from end to end if they go `around`, or zeros there."""
+    stages = stage_count()
+    ways = [(s, (s + by) % stages) for s in range(stages) if around or 0 <= s + by < stages]
+    # Devices talk: each stage with the next.
+    local = lambda x: lax.ppermute(x, STAGE, ways)  # noqa: E731
+    return jax.shard_map(local, out_specs=jax.typeof(x).sharding.spec)(x)
+
+
+def take(x: jax.Array, on_S: jax.Array) -> jax.Array:
+    """[S B, ...] to [B, ...]: the rows of the one stage that is on, for all; zeros if none is."""
+
+    def local(x: jax.Array, on: jax.Array) -> jax.Array:
+        # Devices talk: one stage tells the others.
+        return lax.psum(jnp.where(on[0], x, 0), STAGE)
+
+    rows, *rest = jax.typeof(x).sharding.spec
+    return jax.shard_map(local, out_specs=jax.P(without(rows, (STAGE,)), *rest))(x, on_S)
+
+
+def deal(stack: jax.Array, repeats: int) -> jax.Array:
+    """[L, ...] to [V R, S, ...]: layers as a pipeline takes them, from the order that they have.
+
+    A stage holds L / S neighbours. With V = 1 they are what it works on; otherwise it works on
+    pieces of the line that lie S pieces apart, and V - V / S of its V pieces move.
+    """
+    stages, V = stage_count(), repeats
+    share = math.gcd(stages, V)
+
+    def local(own: jax.Array) -> jax.Array:
+        if V == 1:
+            return own[:, None]
+        pieces = own.reshape(V, -1, *own.shape[1:])
+        me, dealt = lax.axis_index(STAGE), jnp.zeros_like(pieces)
+        for turn in range(V):
+            # In a turn every stage sends one piece and gets one. With the same piece of each, those
+            # that are S / share apart would send to the same stage: so they begin at other pieces.
+            which = [(turn + s * share // stages) % V for s in range(stages)]
+            goes = [divmod(s * V + which[s], stages) for s in range(stages)]  # its chunk, its stage
+            lands = {stage: chunk for chunk, stage in goes}
+            piece = lax.dynamic_index_in_dim(pieces, jnp.array(which)[me], keepdims=False)
+            # Devices talk: pieces of the line of layers change places.
+            piece = lax.ppermute(piece, STAGE, [(s, stage) for s, (_, stage) in enumerate(goes)])
+            chunk = jnp.array([lands[s] for s in range(stages)])[me]
+            dealt = lax.dynamic_update_index_in_dim(dealt, piece, chunk, 0)
+        return dealt.reshape(-1, 1, *own.shape[1:])
+
+    spec = jax.typeof(stack).sharding.spec
+    return jax.shard_map(local, out_specs=jax.P(None, *spec))(stack)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)

@@ -25,11 +25,13 @@ MAY_IMPORT = {
     "tools": None,
     "training": None,
 }
-# Beyond the config classes: the vocabulary of layouts and meshes is theirs too.
-CONFIG_MODULES = {"data.config", "model.config", "optim.config", "sharding.layout", "sharding.mesh"}
+# Beyond the config classes: the vocabulary of layouts, meshes and schedules is theirs too.
+CONFIG_MODULES = {"data.config", "model.config", "optim.config"}
+CONFIG_MODULES |= {"sharding.layout", "sharding.mesh", "sharding.schedule"}
 LEAVES = {"configs.fields"}  # modules that import nothing of the house, for anyone
 # Tools that repeat a training step.
-MAY_IMPORT_TRAIN = {"tools.parity", "tools.plan", "tools.bench", "tools.fusion", "tools.replay"}
+MAY_IMPORT_TRAIN = {"tools.parity", "tools.plan", "tools.replay"}
+MAY_IMPORT_TRAIN |= {"tools.bench", "tools.bubble", "tools.fusion"}  # and time it
 MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES = 500, 700, 80
 
 

@@ -17,6 +17,7 @@ Exit code 1 if a difference is above 1e-5.
 import contextlib
 import dataclasses
 import itertools
+import math
 import sys
 import traceback
 from collections.abc import Iterator
@@ -205,7 +206,8 @@ def combinations() -> str:
             moe = Moe(experts=4) if "expert" in axes else Moe()
             run = Run(model=ModelConfig(arch=Arch(moe=moe)))
             mesh = mesh_of(dict.fromkeys(axes, 2))
-            run = dataclasses.replace(shrunk.shrunk_run(run, 2**size, 1), mesh=mesh)
+            run = shrunk.shrunk_run(run, 2**size, 1, stages=mesh.stage)
+            run = dataclasses.replace(run, mesh=mesh)
             try:
                 check_split(run, 2**size)
             except ValueError as error:
@@ -331,7 +333,8 @@ def main(recipe: Run) -> int:
         for target in FLAGS.aot:
             if len(targets.devices_of(target)) != count:
                 raise ValueError(f"--aot={target} has not --devices={count} devices; give as many")
-        run = shrunk.shrunk_run(recipe, count, FLAGS.steps)
+        stages = math.lcm(*(mesh.stage for mesh in wanted))
+        run = shrunk.shrunk_run(recipe, count, FLAGS.steps, stages=stages)
     options = CPU_OPTIONS if FLAGS.platform == "cpu" else None
     right = refer(run, devices, options)
     cfg = run.model
@@ -372,7 +375,7 @@ def one_row(
         traceback.print_exc()
         first = str(error).splitlines()[0] if str(error) else repr(error)
         return Row(mesh.sizes(len(devices)), {}, {}, {}, broken=first)
-    wide = shrunk.shrunk_run(recipe, len(devices), 1, AOT_WIDTH)
+    wide = shrunk.shrunk_run(recipe, len(devices), 1, AOT_WIDTH, stages=mesh.stage)
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="bfloat16"))
     more = {target: ahead(wide, mesh, target) for target in FLAGS.aot}
     return dataclasses.replace(row, talk=row.talk | more)

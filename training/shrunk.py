@@ -18,15 +18,16 @@ CHUNK = 20  # tokens per device whose logits exist at one time: a batch takes se
 LR = 0.05  # of SGD: ten steps move the parameters by some per cent
 
 
-def shrunk(cfg: ModelConfig, ways: int, width: int = WIDTH) -> ModelConfig:
+def shrunk(cfg: ModelConfig, ways: int, width: int = WIDTH, line: int = 1) -> ModelConfig:
     """`cfg` so small that it compiles in seconds, every split size a multiple of `ways`.
 
     Kept: the kind of model, whether heads share keys, the pattern of windows and experts and its
-    remainder, remat, and how the scan is unrolled. All of it in float32.
+    remainder, remat, and how the scan is unrolled. All of it in float32. `line`: the pattern
+    repeats a multiple of so many times, for the stages of a pipeline.
     """
     every, rest = divmod(cfg.layers, cfg.places)
     partly = 1 < cfg.unroll < every
-    repeats = min(every, 3 if partly else 2)
+    repeats = line * math.ceil(min(every, 3 if partly else 2) / line)
     groups = 2 if cfg.heads > cfg.kv_heads else 1
     tokens = seq(ways)
     arch = cfg.arch
@@ -77,17 +78,22 @@ def seq(ways: int) -> int:
     return 2 * ways * math.ceil(6 / ways)
 
 
-def shrunk_run(run: Run, ways: int, steps: int, width: int = WIDTH) -> Run:
+def shrunk_run(run: Run, ways: int, steps: int, width: int = WIDTH, stages: int = 1) -> Run:
     """`run` on a shrunk model for `steps` of plain SGD, which hides no factor of a gradient.
 
-    Without momentum the optimizer's trace is the gradient.
+    Without momentum the optimizer's trace is the gradient. Where there are `stages`, at least as
+    many micro-batches go through them, and at most twice as many.
     """
     accumulate = min(run.optim.accumulate, 2)
+    line = 1
+    if stages > 1:
+        accumulate = min(max(run.optim.accumulate, stages), 2 * stages)
+        line = stages * run.pipeline.repeats
     rows = ways * math.ceil(8 / ways) * accumulate
     return dataclasses.replace(
         run,
         steps=steps,
-        model=shrunk(run.model, ways, width),
+        model=shrunk(run.model, ways, width, line),
         data=DataConfig(batch=rows, seq=seq(ways)),
         optim=OptimConfig(
             name="sgd", lr=LR, schedule="constant", weight_decay=0.0, clip=0.0, b1=0.0,

@@ -10,13 +10,15 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from configs.run import describe, to_json
+from configs.run import Run, describe, to_json
 from costs import flops, memory
 from costs.speed import Speed
 from inference.sampling import sample
 from model import transformer
 from monitor import report
 from sharding import mesh as meshes
+from sharding.schedule import Table
+from sharding.stages import stage_count
 from training.loop import Loop
 from training.text import Text
 
@@ -36,9 +38,23 @@ def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
         f"folder     {workdir}",
         f"parameters {flops.params(run.model):,}, {tokens:,} tokens a step",
         f"devices    {sizes}; each holds {parts}",
+        *pipeline(run),
         f"hardware   {hardware()}, {rate:,.0f} GFLOP/s measured in {run.model.dtype} matmuls",
     ]
     print("\n".join(lines), flush=True)
+
+
+def pipeline(run: Run) -> list[str]:
+    """What the stages wait, and what they keep, in words; nothing without stages."""
+    how, stages, batches = run.pipeline, stage_count(), run.optim.accumulate
+    if stages == 1:
+        return []
+    table = Table.make(how, stages, batches)
+    kept = table.slots / how.repeats
+    return [
+        f"pipeline   {how.schedule}, {stages} stages, {batches} micro-batches (optim.accumulate): "
+        f"bubble {table.bubble():.1%}, a stage keeps what {kept:g} micro-batches need"
+    ]
 
 
 def hardware() -> str:

@@ -1,6 +1,5 @@
 """The one einsum that every weight of the model goes through."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,8 +20,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, *, out: jax.P) -> jax.Array:
     over devices, their sum crosses them. `out` says where the result lives: where it wants rows
     together that x has apart, they are gathered first; where apart, their sums are scattered.
 
-    For rows in flight `w` leads with the stages. Then the backward pass casts and gathers it again:
-    otherwise a stage keeps a copy of its weights for every micro-batch that is on its way.
+    For rows in flight `w` leads with the stages: each stage's rows meet its own.
     """
     return einsums(spec, x, [w], out=out)[0]
 
@@ -31,11 +29,8 @@ def einsums(spec: str, x: jax.Array, ws: Sequence[jax.Array], *, out: jax.P) -> 
     """`einsum` for each of some weights that lie alike; x is gathered once."""
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
     if ws[0].ndim > len(w_dims):
-        of_stages = functools.partial(
-            einsums, f"s{x_dims},s{w_dims}->s{y_dims}", out=stages.apart_spec(out)
-        )
-        ys = jax.checkpoint(of_stages, prevent_cse=False)(stages.apart(x), ws)
-        return [stages.together(y) for y in ys]
+        spec, out = f"s{x_dims},s{w_dims}->s{y_dims}", stages.apart_spec(out)
+        return [stages.together(y) for y in einsums(spec, stages.apart(x), ws, out=out)]
     x_sharding = jax.typeof(x).sharding
     ws = [w.astype(x.dtype) for w in ws]
     if x_sharding.mesh.size == 1:

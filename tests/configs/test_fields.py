@@ -11,6 +11,7 @@ from configs.run import Run, from_json, to_json
 from data.config import DataConfig
 from model.config import DTYPES, MLPS, NORMS, REMATS
 from optim.config import OPTIMIZERS, SCHEDULES
+from sharding import schedule
 from sharding.layout import MeshAxis
 
 LEAVES = list(fields.leaves(Run()))
@@ -19,9 +20,10 @@ PATHS = [path for path, _, _ in LEAVES]
 NEEDS = {
     "model.arch.norm.bias": {"model.arch.norm.kind": "layer"},
     "model.arch.embeddings.first": {"model.arch.embeddings.positions": "8"},
+    "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")
-TEXTS += (*DTYPES, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES)
+TEXTS += (*DTYPES, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES, *schedule.SCHEDULES)
 
 
 def get(config, path):

@@ -58,6 +58,32 @@ def test_experts_that_cannot_be_split_say_why(texts, message):
     assert message in str(caught.value)
 
 
+STAGES = {"mesh.stage": "2", "mesh.data": "1"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"model.layers": "3"}, "layers=3 does not divide over stage=2: it must"),
+        (
+            {"pipeline.schedule": "interleaved", "pipeline.repeats": "2", "model.layers": "6"},
+            "layers=6 does not divide over stage=2 x repeats=2",
+        ),
+        (
+            {"model.arch.attention.windows": "0,8", "model.layers": "6"},
+            "layers=6 does not divide over stage=2 x layers of the pattern=2",
+        ),
+        ({"layout.layers": "none"}, "layers=none leaves nothing to do for mesh.stage=2"),
+        ({"layout.layers": "fsdp"}, "layers='fsdp' must be stage, or none"),
+        ({"layout.mlp": "tensor,stage"}, "mlp on stage cannot be: stages hold layers"),
+    ],
+)
+def test_layers_that_stages_cannot_share_say_why(texts, message):
+    with pytest.raises(ValueError, match=r"stage") as caught:
+        check(run(**STAGES, **texts), 2)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -79,6 +105,7 @@ def test_a_model_that_does_not_predict_the_next_token_of_these_rows_is_refused(t
         ({"mesh.tensor": "4"}, 8),
         ({"mesh.tensor": "8", "layout.heads": "none"}, 8),
         ({"mesh.tensor": "4", "model.vocab": "0"}, 4),
+        (STAGES | {"optim.accumulate": "4"}, 2),
         (EXPERTS, 2),
         (EXPERTS | {"layout.experts": "none"}, 2),
         ({"mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"}, 8),
@@ -108,7 +135,8 @@ def test_a_seed_that_jax_would_take_for_another_is_refused():
 def test_describe_shows_every_group_on_one_line_and_nested_fields_only_where_they_differ():
     lines = describe(Run()).splitlines()
     words = [line.split()[0] for line in lines]
-    assert " ".join(words) == "run model data optim mesh layout log eval checkpoint guard sample"
+    groups = "run model data optim mesh layout pipeline log eval checkpoint guard sample"
+    assert " ".join(words) == groups
     assert "arch" not in describe(Run())
     text = describe(run(**{"model.arch.norm.kind": "layer", "layout.mlp": "none", "steps": "7"}))
     assert "arch.norm.kind=layer" in text

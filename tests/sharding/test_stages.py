@@ -56,7 +56,9 @@ def outcome(cfg, layout, weights, x, segments):
     return out, grads
 
 
-@pytest.mark.parametrize("cfg", [MODEL, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "cfg", [MODEL, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"]
+)
 def test_each_stages_rows_meet_its_own_weights_only(cfg):
     draw = np.random.default_rng(1)
     x = draw.normal(size=(STAGES, ROWS, TOKENS, cfg.embed)).astype(np.float32)

@@ -136,6 +136,30 @@ def test_a_run_goes_on_on_another_mesh_with_the_same_losses_and_samples(
     assert after == pytest.approx(before, rel=SAME)
 
 
+@pytest.mark.slow
+def test_a_run_leaves_its_stages_and_goes_on_with_the_same_losses_and_sample(
+    command_line, tmp_path
+):
+    same = ("--config.model.layers=2", "--config.optim.schedule=constant")
+    right = command_line(*same, "--config.steps=6", workdir=tmp_path / "right")
+    mesh = {"stage": 2, "data": 4}
+    staged = [f"--config.mesh.{axis}={size}" for axis, size in mesh.items()]
+    staged += ["--config.optim.accumulate=2", "--config.steps=4"]
+    first = command_line(*same, *staged, workdir=tmp_path / "moved")
+    assert first.code == 0, first.err
+    assert (
+        "pipeline   1f1b, 2 stages, 2 micro-batches (optim.accumulate): bubble 33.3%" in first.out
+    )
+    then = command_line(*same, "--config.steps=6", workdir=tmp_path / "moved")
+    assert then.code == 0, then.err
+    losses = first.losses() | then.losses()
+    assert losses == pytest.approx(right.losses(), rel=SAME)
+    written = [re.search(r"\n\nA.*\n", found.out) for found in (then, right)]
+    assert written[0][0] == written[1][0], "the sample"
+    before, after = (found.rows("eval_loss")[6]["eval_loss"] for found in (right, then))
+    assert after == pytest.approx(before, rel=SAME)
+
+
 def test_restore_starts_a_run_of_its_own_from_a_step_of_another(finished, command_line):
     ended = command_line(f"--restore={finished.workdir}@4", "--config.checkpoint.every=0")
     assert ended.code == 0, ended.err
