@@ -60,12 +60,15 @@ class Compiler:
     late: bool = False
     # GPU: what cuBLAS takes while a matmul runs, on a Hopper card.
     matmul: int = 0
+    # GPU: a product whose rows meet one expert each becomes a dense one, with copies of its rows,
+    # one for each expert, zero where a row is another's. LOG.md, "What XLA makes of a ragged dot".
+    dense_experts: bool = False
     # TPU: a matmul computes its operands from what they are made of.
     dots_fuse: bool = False
 
 
 COMPILERS = {
-    "gpu": Compiler(turns=True, late=True, matmul=2**25),
+    "gpu": Compiler(turns=True, late=True, matmul=2**25, dense_experts=True),
     "tpu": Compiler(late=True, dots_fuse=True),
     "cpu": Compiler(),
 }
@@ -133,6 +136,7 @@ class _Scheduler:
         self.kernels: list[Kernel] = []
         self.zeros: dict[tuple, Kernel] = {}
         self.turned: dict[int, Cell] = {}
+        self.masked: dict[int, Buffer] = {}  # of rows: a copy for each expert
         self.always: list[Buffer] = []
         self.early: dict[int, dict[Buffer, int]] = {}  # of a sum yet to come: its operand, turned
         self.readers = readers(program)
@@ -230,7 +234,7 @@ class _Scheduler:
         elif op.name in FUSED:
             sources = [self.cell(value) for value in op.ins]
             for out in op.outs:
-                self.cells[id(out)] = Cell(out, sources, readers=self.readers[id(out)])
+                self.cells[id(out)] = Cell(out, sources, readers=self.readers.get(id(out), 0))
         elif id(op) in self.waiting:
             if self.compiler.turns and op.params.get("scatter_dimension"):
                 self.early[id(op)] = self.turn(self.solid(op.ins[0]))
@@ -268,18 +272,43 @@ class _Scheduler:
         writes = self.result(op)
         flops, dtype = flops_of(op)
         written = sum(b.bytes for b in writes)
+        name = op.name
+        if self.compiler.dense_experts and name.startswith("ragged"):
+            name, (flops, reads) = "dot_general", self.dense(op, flops)
         if flops and self.compiler.matmul and not op.name.startswith("attention"):
             space = Value((self.compiler.matmul,), np.dtype("int8"), made="cuBLAS")
             writes.append(Buffer(space.bytes, space))
         self.kernels.append(
             Kernel(
-                op.name, reads, writes, written, flops, dtype,
+                name, reads, writes, written, flops, dtype,
                 talk_of(op, self.program.sizes), inner,
                 in_place=len(writes) * (op.name in IN_PLACE or op.name in SUMS), phase=op.phase,
             )
         )  # fmt: skip
         if self.compiler.late and not self.top and op.name in SUMS:
             self.always += [Buffer(value.bytes, value, "late") for value in op.ins]
+
+    def dense(self, op: Op, flops: float) -> tuple[float, dict[Buffer, int]]:
+        """(FLOPs, bytes read) of a product of experts' rows that is computed for every expert.
+
+        The copies stay for the gradient of the weights; where rows and experts are summed together,
+        they are laid out once more.
+        """
+        [experts] = op.ins[2].shape
+        reads: dict[Buffer, int] = {}
+        for value in op.ins[:2]:
+            own = self.solid(value)
+            if len(value.shape) == 2 and experts > 1:  # [rows, .], not the experts' weights
+                cell = self.cell(value)
+                copy = Value((experts, *value.shape), value.dtype, made="experts")
+                if id(cell) not in self.masked:
+                    self.masked[id(cell)] = Buffer(copy.bytes, copy)
+                    self.kernels.append(Kernel("fusion", own, [self.masked[id(cell)]], copy.bytes))
+                own = {self.masked[id(cell)]: copy.bytes}
+                if len(op.ins[1].shape) == 3:
+                    own = self.turn(own)
+            reads |= own
+        return flops * experts, reads
 
     def turn(self, reads: dict[Buffer, int]) -> dict[Buffer, int]:
         """A copy of what is read, laid out anew."""

@@ -80,7 +80,7 @@ def part(buffer: Buffer, params: set[tuple[tuple[int, ...], str]], vocab: int, i
         return "gradients"  # the head's, summed up over the chunks of tokens
     if len(value.shape) > 1 and value.shape[-1] == vocab:
         return "logits"
-    if buffer.kind == "turned" or value.made in GATHERS:
+    if value.made != "experts" and (buffer.kind == "turned" or value.made in GATHERS):
         return "gathered"
     if value.phase == "forward" and not inside:
         return "activations"

@@ -96,6 +96,18 @@ def test_a_gpu_lays_a_stack_out_anew_that_is_gathered_along_an_inner_dim():
     assert turned == [0, 12 * 64 * KIB // 8]
 
 
+def test_a_gpu_computes_each_row_for_every_expert_on_copies_laid_out_twice():
+    @jax.shard_map(in_specs=(jax.P(), jax.P()), out_specs=jax.P())
+    def experts(x, w):
+        return lax.ragged_dot(x, w, jnp.full(4, 32, jnp.int32))
+
+    found = read(experts, square(), (4, *square()))
+    gpu = kernels.Compiler(dense_experts=True)
+    grouped, dense = (kernels.schedule(found, one).kernels[-1] for one in (PLAIN, gpu))
+    assert grouped.flops == 2 * 128**3 and dense.flops == 4 * grouped.flops
+    assert highest(found, gpu).bytes == (2 * 4 + 1) * 64 * KIB  # and the product
+
+
 def test_the_parts_of_a_peak_add_up_and_have_their_names():
     def step(table, x):
         logits = x @ table.T

@@ -1,5 +1,6 @@
 """`python -m tools.plan` agrees with compilers and measurements, and mends what does not fit."""
 
+import dataclasses
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from configs import command
 from configs.load import load
 from costs import targets
+from tools import parity
 from tools import plan as tool
 from training import plans
 
@@ -48,6 +50,12 @@ COMPILED = [  # peak bytes by XLA, ahead of time, jax 0.11.2: LOG.md
     (llama("124M"), "v5e-8", {}, 13_786_986_496),
     pytest.param(llama("350M"), "v5p-8", {"data.batch": "32"}, 7_575_365_248, marks=slow),
 ]
+EXPERTS = [  # the same, of 4 layers of a family
+    ("mixtral", {"mesh.fsdp": "8"}, 31_560_000_000),
+    ("mixtral", {"mesh.fsdp": "1", "mesh.expert": "8"}, 22_110_000_000),
+    ("qwen3_moe", {"mesh.fsdp": "8"}, 57_930_000_000),
+    ("qwen3_moe", {"mesh.fsdp": "1", "mesh.expert": "8"}, 28_950_000_000),
+]
 SMALL_CHUNK = {"model.arch.head.chunk": "2048"}
 MEASURED = [  # GiB and ms a step: LOG.md, "One H100" and "Four H200"
     (llama("1B"), "h100x1", {"data.batch": "6"}, 64.9, 872),
@@ -62,6 +70,16 @@ MEASURED = [  # GiB and ms a step: LOG.md, "One H100" and "Four H200"
 @pytest.mark.parametrize(("recipe", "target", "overrides", "bytes"), COMPILED)
 def test_memory_is_the_compilers_within_ten_per_cent(recipe, target, overrides, bytes):
     assert counted(recipe, target, overrides).counted == pytest.approx(bytes, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "mesh", "bytes"), EXPERTS)
+def test_memory_of_experts_is_the_compilers_within_ten_per_cent(family, mesh, bytes):
+    run = load(llama("1B"), {"data.seq": "2048", "data.batch": "16", **mesh})
+    model = parity.model_named(run.model, family)
+    run = dataclasses.replace(run, model=dataclasses.replace(model, layers=4, unroll=1))
+    plan = plans.count(run, targets.parse("h100x8"), tool.tracer("gpu"))
+    assert plan.counted == pytest.approx(bytes, rel=0.1)
 
 
 @pytest.mark.slow
