@@ -24,8 +24,10 @@ from monitor.profile import Profile
 from monitor.signals import Signals
 from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
+from optim.zero import split_over
 from sharding import context, runtime
 from sharding import mesh as meshes
+from sharding.gather import axes_of
 from sharding.stages import stage_count
 from training.guard import Guard, taken
 from training.lock import Lock
@@ -212,6 +214,7 @@ def build(run: Run) -> Program:
     """The program of a run, its vocabulary resolved, on the mesh in use; allocates nothing."""
     graph, _, roles = transformer.abstract(run.model, run.layout)
     optimizer = make_optimizer(run.optim, run.steps, roles)
+    optimizer = split_over(optimizer, axes_of(run.layout.optimizer))
     program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps))
     whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
 

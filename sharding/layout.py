@@ -32,6 +32,7 @@ class Layout:
     heads: MeshAxis = "tensor"  # kv heads, and the query heads that go with each
     mlp: MeshAxis = "tensor"
     vocab: MeshAxis = ("stage", "tensor")
+    optimizer: MeshAxis = None  # its state, beyond what splits the parameters: ZeRO-1
 
     def __post_init__(self):
         split = {name: axes_of(value) for name, value in vars(self).items()}

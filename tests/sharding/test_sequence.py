@@ -68,6 +68,7 @@ def test_two_matmuls_between_tokens_that_lie_apart():
     assert counted(step.as_text()) == {"all-gather": 4, "reduce-scatter": 4}
 
 
+@pytest.mark.slow
 def test_a_train_step_sums_no_activation_in_an_all_reduce():
     tokens, found = (ROWS, TOKENS, D), collectives(compiled(Layout()).as_text())
     gathers, scatters = ([one for one in found if one.name == kind] for kind in KINDS)
