@@ -180,6 +180,12 @@ class Program:
         arrays = {name: self.lay(rows) for name, rows in arrays.items()}
         return meshes.place(arrays, self.rows, self.run.data.batch)
 
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The micro-batches of a batch, each a batch."""
+        count = self.run.optim.accumulate
+        whole = jax.jit(lambda batch: micro_batches(batch, count))(batch)
+        return [jax.tree.map(lambda rows, i=i: rows[i], whole) for i in range(count)]
+
     def lay(self, rows: np.ndarray) -> np.ndarray:
         """[rows, seq, ...] with the tokens of each row in the order that the mesh has them in."""
         return context.lay(rows, self.rows, self.run.model.arch.attention.causal)
@@ -251,7 +257,7 @@ def train_in(watch: Watch, lock: Lock, run: Run) -> None:
         origin = Origin.find(run, workdir, RESTORE.value, weights)
         check(run, jax.device_count())
         mesh = meshes.make(run.mesh)
-        run, text = open_text(run, origin.tokenizer())
+        run, text = open_text(run, origin.tokenizer(), mesh)
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)
         lock.take(workdir)  # if it was not there before

@@ -33,7 +33,8 @@ class Context:
     # The most documents of a row, 0: any number. A bound lets kernels do without a [T, T] mask.
     documents: int = field(default=0, metadata={"static": True})
     held: jax.Array | None = None  # [B], tokens in the cache; None: the rows are whole texts
-    # What layers hand back: "hidden", their states; "cache", the keys and values of the rows.
+    # What layers hand back: "hidden", their states; "cache", the keys and values of the rows;
+    # "finite", how many values of "attention", "mid", "mlp" and "out", in that order, are not.
     keep: tuple[str, ...] = field(default=(), metadata={"static": True})
 
 

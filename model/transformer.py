@@ -117,21 +117,27 @@ class Block(nnx.Module):
         """(x_BTD, extras): the router's statistics, and what `context.keep` asks for."""
         extras = {}
 
+        def seen(name: str, a: jax.Array) -> jax.Array:
+            if "finite" in context.keep:
+                bad = jnp.sum(~jnp.isfinite(a), dtype=jnp.int32)
+                extras["finite"] = {**extras.get("finite", {}), name: bad}
+            return a
+
         def attend(x_BTD: jax.Array) -> jax.Array:
             y_BTD, keys_values = self.attention(x_BTD, context, cache)
             if "cache" in context.keep:
                 extras["cache"] = keys_values
-            return y_BTD
+            return seen("attention", y_BTD)
 
         def feed_forward(x_BTD: jax.Array) -> jax.Array:
             if not self.sparse:
-                return self.mlp(x_BTD)
+                return seen("mlp", self.mlp(x_BTD))
             y_BTD, extras["router"] = self.mlp(x_BTD, context.segments)
-            return y_BTD
+            return seen("mlp", y_BTD)
 
         x_BTD = self.add(attend, x_BTD, self.norm1, self.post1)
-        x_BTD = checkpoint_name(x_BTD, "mid")
-        x_BTD = self.add(feed_forward, x_BTD, self.norm2, self.post2)
+        x_BTD = seen("mid", checkpoint_name(x_BTD, "mid"))
+        x_BTD = seen("out", self.add(feed_forward, x_BTD, self.norm2, self.post2))
         if "hidden" in context.keep:
             extras["hidden"] = x_BTD
         return x_BTD, extras

@@ -12,6 +12,9 @@ from configs.run import GuardConfig
 from monitor.append import AppendFile
 from monitor.progress import Progress
 from sharding import mesh as meshes
+from training.bundle import Bundle
+
+LOOKS = 3  # at most, of a process: each takes the time of a few steps
 
 
 class Health:
@@ -27,27 +30,58 @@ class Health:
         own = f"-{jax.process_index()}" if jax.process_index() else ""
         self.path = workdir / f"skipped{own}.jsonl"
         self.first = self.last = 0  # of too many skipped steps in a row, once there were
-        self.why = ""  # of the last one
+        self.why, self.numbers = "", ("", "")  # of the last one; its loss and gradient norm
+        self.found = ""  # by the second pass
+        self._begun = self._looked = 0
 
     @property
     def failed(self) -> bool:
         """Whether `guard.stop` steps in a row were skipped."""
         return self.last > 0
 
-    def see(self, step: int, metrics: dict[str, Any], samples: Sequence[Any]) -> None:
-        """The metrics of a step, on the host, and the samples of its rows in this process."""
+    def see(self, step: int, metrics: dict[str, Any], samples: Sequence[Any]) -> bool:
+        """Whether to look again at a step, with these metrics, on the host, and samples: of its
+        rows in this process. The first of a row of steps that were not finite is worth it."""
         in_row = int(metrics["in_row"])
         if not in_row:
-            return
+            return False
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
         self.why = reason(loss, norm, float(metrics.get("spike", 0)))
+        self.numbers = f"{loss:g}", f"{norm:g}"
         row = {"step": step, "why": self.why, "loss": f"{loss:g}", "grad_norm": f"{norm:g}"}
-        file = AppendFile(self.path)
-        file.write(json.dumps({**row, "samples": samples}).encode() + b"\n")
-        file.close()
-        self._progress.print(f"skipped    step {step}: {self.why}; its samples: {self.path}")
+        place = self._write({**row, "samples": samples})
+        self._progress.print(f"skipped    step {step}: {self.why}; its samples: {place}")
         if in_row >= self.cfg.stop:
             self.first, self.last = step - in_row + 1, step
+        beyond = not (math.isfinite(loss) and math.isfinite(norm))
+        begun, self._begun = self._begun, step - in_row + 1
+        if not beyond or begun == self._begun or self._looked == LOOKS:
+            return False
+        self._looked += 1
+        return True
+
+    def _write(self, row: dict[str, Any]) -> str:
+        """Append a line; where it is."""
+        try:
+            file = AppendFile(self.path)
+        except OSError as error:  # the run goes on without
+            return f"{self.path} cannot be written: {error.strerror}"
+        file.write(json.dumps(row).encode() + b"\n")
+        file.close()
+        return str(self.path)
+
+    def name(self, step: int, found: str, bundle: Bundle) -> None:
+        """What the second pass found in a step, and the bundle that repeats it."""
+        self.found = found
+        if not meshes.is_main():
+            return
+        try:
+            again = (
+                f"python -m tools.replay {bundle.write(self.path.parent / 'bundles')} repeats it"
+            )
+        except OSError as error:
+            again = f"no bundle could be written: {error.strerror}"
+        self._progress.print(f"not finite step {step}: first {found}; {again}")
 
     def forgive(self) -> None:
         """The run has gone back to where it was well."""
@@ -55,15 +89,14 @@ class Health:
 
     def verdict(self) -> str:
         """Why the run ends, and what would help."""
+        found = f"; first not finite: {self.found}" if self.found else ""
         spike = "gradient" not in self.why and "not finite" not in self.why
-        lever = "a higher guard.spike, if that is what the data is like," if spike else (
-            "a longer optim.warmup"
-        )  # fmt: skip
+        lever = "a higher guard.spike" if spike else "a longer optim.warmup"
         return (
             f"steps {self.first} to {self.last} were skipped in a row (guard.stop={self.cfg.stop}):"
-            f" at the last {self.why}. Parameters and moments are as before step {self.first}; "
-            f"the batches are in {self.path}. A lower optim.lr, {lever} or "
-            f"--config.guard.rewind=1, to go on from an earlier save with later batches, may help"
+            f" at the last {self.why}{found}. Parameters and moments are as before step "
+            f"{self.first}; the samples are in {self.path}. A lower optim.lr, {lever} or "
+            f"guard.rewind=1, to go on from an earlier save with later batches, may help"
         )
 
 

@@ -13,14 +13,17 @@ from configs import command
 from configs.run import to_json
 from costs import devices
 from costs.speed import Speed
+from data.loader import Batch
 from monitor.metrics import Metrics
 from monitor.profile import Profile
 from monitor.progress import Progress
 from monitor.signals import Signals
 from sharding import mesh as meshes
 from training import guard
+from training.bundle import Bundle
 from training.health import Health, older
 from training.origin import Origin
+from training.second_pass import SecondPass
 from training.text import Text
 from training.watch import COMPUTES, READS, Watch
 
@@ -30,7 +33,7 @@ class Pending(NamedTuple):
 
     metrics: dict[str, jax.Array]
     waited_s: float  # for its batch
-    samples: tuple  # of the batch
+    batch: Batch  # of this process' rows
 
 
 class Loop:
@@ -56,7 +59,9 @@ class Loop:
         self.speed = Speed(run.model, run.data.seq)
         self.pending: list[Pending] = []
         self.health = Health(run.guard, workdir, self.progress)
+        self.second_pass = SecondPass(program)
         self.rewinds = origin.note.get("rewinds", 0)
+        self.began = origin.note.get("began", origin.name)
         self.evaluate_batch = program.evaluation()
 
     def run_steps(self, signals: Signals, profile: Profile) -> None:
@@ -76,7 +81,7 @@ class Loop:
                     self.log()  # the step before, while the device works on this one
                 profile.after(step, metrics)
                 self.step = step
-                self.pending.append(Pending(metrics, self.text.loader.waited_s, batch.samples))
+                self.pending.append(Pending(metrics, self.text.loader.waited_s, batch))
                 self.progress.step(step)
                 if due(step, run.eval.every) and step < run.steps:
                     self.evaluate()
@@ -117,8 +122,26 @@ class Loop:
         self.progress.log(row)
         first = self.step - len(fetched) + 1
         for step, (metrics, pending) in enumerate(zip(fetched, self.pending, strict=True), first):
-            self.health.see(step, metrics, pending.samples)
+            if self.health.see(step, metrics, pending.batch.samples):
+                self.look_again(step, pending.batch)
         self.pending.clear()
+
+    def look_again(self, step: int, batch: Batch) -> None:
+        """Name what was not finite in a step, and write the bundle that repeats it."""
+        with self.speed.pause(), self.watch.rest(), jax.transfer_guard("allow"):
+            try:
+                rows = self.program.place(batch.arrays)
+                found = self.second_pass.first_bad(self.state.params, rows)
+                found = found or f"nothing, with the parameters of step {self.step}"
+            except Exception as error:  # whatever a compiler raises: the run can do without
+                found = f"not known: {brief(error)}"
+            earlier = [saved for saved in self.saves.steps() if saved < step]
+            bundle = Bundle(
+                step, self.health.why, *self.health.numbers, found, batch.samples, self.run.seed,
+                self.run, jax.device_count(), str(self.saves.path), max(earlier, default=0),
+                self.began,
+            )  # fmt: skip
+            self.health.name(step, found, bundle)
 
     def evaluate(self) -> None:
         """The held-out loss."""
@@ -143,7 +166,7 @@ class Loop:
         self.log()
         note = {
             "run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens,
-            "rewinds": self.rewinds,
+            "rewinds": self.rewinds, "began": self.began,
         }  # fmt: skip
         error = None
         with self.speed.pause(), self.watch.rest():

@@ -65,6 +65,13 @@ class Origin:
         """Steps done."""
         return self.saved.step if self.saved else 0
 
+    @property
+    def name(self) -> str:
+        """DIR@STEP of another run, or the published model, that the run begins with, or ""."""
+        if self.own or not (self.saved or self.weights):
+            return ""
+        return f"{self.saved.path}@{self.step}" if self.saved else self.weights.name
+
     @classmethod
     def find(
         cls, run: Run, workdir: Path, restore: str | None, weights: Pretrained | None

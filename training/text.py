@@ -3,8 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 
-import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from configs.run import Run, check
 from data import split
@@ -25,7 +24,7 @@ class Text:
     loader: Loader
 
 
-def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Text]:
+def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None, mesh: Mesh) -> tuple[Run, Text]:
     """The run with its vocabulary resolved, and its text; `tokenizer`: that of a checkpoint."""
     sources = open_sources(run.data)
     if tokenizer is None:
@@ -35,8 +34,7 @@ def open_text(run: Run, tokenizer: tokenizers.Tokenizer | None) -> tuple[Run, Te
         run = dataclasses.replace(run, model=run.model.with_vocab(size))
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
-    check(run, jax.device_count())
-    mesh = meshes.make(run.mesh)
+    check(run, mesh.size)
     rows = meshes.own_rows(NamedSharding(mesh, run.layout.spec("batch")), run.data.batch)
     loader = Loader(run.data, tokenizer, sources, seed=run.seed, rows=rows)
     held_out = held_out_batches(run.data, tokenizer, sources, bytes=run.eval.bytes, rows=rows)

@@ -12,6 +12,7 @@ import train
 from configs.load import load
 from configs.run import WINDOW, GuardConfig, Run
 from model.transformer import Transformer
+from tests.training.conftest import Recorded
 from training.guard import Guard, rewound
 from training.health import reason
 
@@ -33,21 +34,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(Transformer, "loss", spoiled)
 
 
-def poison(monkeypatch, steps, token: int = POISON) -> None:
-    """Put it into the batches of these steps."""
-    place = train.Program.place
-    seen = []
+def poison(*steps: int, token: int = POISON) -> dict:
+    """`at` of a command line: the token goes into the batches of these steps."""
 
-    def placed(self, arrays):
-        if len(arrays["inputs"]) == self.run.data.batch:
-            seen.append(1)
-        if len(seen) in steps:
-            inputs = arrays["inputs"].copy()
-            inputs[0, 0] = token
-            arrays = {**arrays, "inputs": inputs}
-        return place(self, arrays)
+    def spoil() -> None:
+        Recorded.batches[-1].arrays["inputs"][0, 0] = token
 
-    monkeypatch.setattr(train.Program, "place", placed)
+    return dict.fromkeys(steps, spoil)
 
 
 QUICK = ("--config.eval.every=0", "--config.eval.bytes=1", "--config.sample.tokens=0")
@@ -123,11 +116,8 @@ def test_a_guard_that_cannot_be_is_refused(field, value, right):
 # ---- the run ----
 
 
-def test_a_poisoned_batch_is_skipped_counted_and_its_samples_are_logged(
-    poisoned, command_line, monkeypatch
-):
-    poison(monkeypatch, {3, 4})
-    ended = command_line(*QUICK, "--config.steps=5", "--config.checkpoint.every=1")
+def test_a_poisoned_batch_is_skipped_counted_and_its_samples_are_logged(poisoned, command_line):
+    ended = command_line(*QUICK, "--config.steps=5", "--config.checkpoint.every=1", at=poison(3, 4))
     assert ended.code == 0, ended.err
     assert params(ended, 2) == params(ended, 3) == params(ended, 4) != params(ended, 5)
     assert [row["skipped"] for row in ended.rows().values()] == [0, 0, 1, 2, 2]
@@ -142,31 +132,25 @@ def test_a_poisoned_batch_is_skipped_counted_and_its_samples_are_logged(
 
 
 @pytest.mark.slow
-def test_so_many_in_a_row_end_the_run_with_code_3_saved_and_it_can_go_on(
-    poisoned, command_line, monkeypatch
-):
-    poison(monkeypatch, {5, 6, 7})
-    ended = command_line(*QUICK, "--config.guard.stop=3")
+def test_so_many_in_a_row_end_the_run_with_code_3_saved_and_it_can_go_on(poisoned, command_line):
+    ended = command_line(*QUICK, "--config.guard.stop=3", at=poison(5, 6, 7))
     assert ended.code == 3, ended.out
     assert "steps 5 to 7 were skipped in a row (guard.stop=3)" in ended.err
     assert "Parameters and moments are as before step 5" in ended.err
     assert "is saved" in ended.err and "Traceback" not in ended.err
     last = ended.steps_saved()[-1]
     assert 7 <= last <= 9 and [row["step"] for row in lines(ended)] == [5, 6, 7]
-    monkeypatch.undo()
     again = command_line(*QUICK, "--config.guard.stop=3")
     assert again.code == 0 and f"restored   step {last}" in again.out
     assert again.batches[0].samples not in [batch.samples for batch in ended.batches[:last]]
 
 
 @pytest.mark.slow
-def test_a_run_may_go_back_to_a_save_and_past_the_batches_instead(
-    poisoned, command_line, monkeypatch
-):
-    poison(monkeypatch, {7, 8})
+def test_a_run_may_go_back_to_a_save_and_past_the_batches_instead(poisoned, command_line):
     ended = command_line(
-        *QUICK, "--config.guard.stop=2", "--config.guard.rewind=1", "--config.log.every=1"
-    )
+        *QUICK, "--config.guard.stop=2", "--config.guard.rewind=1", "--config.log.every=1",
+        at=poison(7, 8),
+    )  # fmt: skip
     assert ended.code == 0, ended.err
     (told,) = re.findall(r"rewound    to the state of step 4, past .* step (\d+)", ended.out)
     back = int(told)
@@ -176,10 +160,9 @@ def test_a_run_may_go_back_to_a_save_and_past_the_batches_instead(
 
 
 @pytest.mark.slow
-def test_a_spike_is_skipped_when_asked(poisoned, command_line, monkeypatch):
-    poison(monkeypatch, {11}, POISON + 1)
+def test_a_spike_is_skipped_when_asked(poisoned, command_line):
     args = (*QUICK, "--config.log.every=1", "--config.guard.window=8")
-    ended = command_line(*args, "--config.guard.spike=50")
+    ended = command_line(*args, "--config.guard.spike=50", at=poison(11, token=POISON + 1))
     assert ended.code == 0 and [row["step"] for row in lines(ended)] == [11], ended.err
     assert "deviations above the mean" in ended.out
 
@@ -190,10 +173,11 @@ def test_a_spike_is_skipped_when_asked(poisoned, command_line, monkeypatch):
     [{"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, {"dcn": 2, "fsdp": 4}],
     ids=str,
 )
-def test_on_every_mesh_all_devices_skip_the_same_steps(poisoned, command_line, monkeypatch, sizes):
-    poison(monkeypatch, {3, 6})
+def test_on_every_mesh_all_devices_skip_the_same_steps(poisoned, command_line, sizes):
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
-    ended = command_line(*QUICK, *mesh, "--config.steps=6", "--config.checkpoint.every=1")
+    ended = command_line(
+        *QUICK, *mesh, "--config.steps=6", "--config.checkpoint.every=1", at=poison(3, 6)
+    )
     assert ended.code == 0, ended.err
     assert params(ended, 2) == params(ended, 3) != params(ended, 4)
     assert params(ended, 5) == params(ended, 6)
