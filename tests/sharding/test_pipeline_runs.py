@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from sharding.schedule import PipelineConfig, Table
 from tests.tolerance import assert_same
 from tools import parity
 from training import shrunk
+from training.second_pass import SecondPass
 
 SIZES = {family.name: next(iter(family.sizes.values())) for family in FAMILIES}
 EXPERTS = Arch(
@@ -90,6 +92,15 @@ def test_a_stage_keeps_no_weights_for_the_micro_batches_on_their_way(remat):
     for leaf in state.stash:  # slots, layers, then stages of a weight, or stages x rows
         assert leaf.shape[0] == 3
         assert leaf.shape[2:3] != (2,) or wide(leaf.shape[3:]) not in matrices, leaf
+
+
+def test_a_second_pass_over_stages_sends_to_one_device():
+    program = types.SimpleNamespace(jit=lambda step: step)
+    with (
+        jax.set_mesh(meshes.make(parity.mesh_of({"stage": 2}), jax.devices()[:2])),
+        pytest.raises(NotImplementedError, match=r"tools\.replay does on one device"),
+    ):
+        SecondPass(program).first_bad({}, {})
 
 
 def wide(shape):
