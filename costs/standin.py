@@ -33,10 +33,11 @@ def attend(
     softcap: float = 0.0,
     scale: float = 1.0,
     window: int = 0,
+    kernels: str = "fastest",
 ) -> jax.Array:
     """As `model.kernels.engine.attention` of a GPU by shape, dtype and work: [B, T, K, G, H]."""
     reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
-    if reason not in ("", cudnn.AHEAD):
+    if kernels == "plain" or reason not in ("", cudnn.AHEAD):
         how = {"causal": causal, "softcap": softcap, "scale": scale, "window": window}
         return attention.plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
     return _fused(q_BTKGH, k_BTKH, v_BTKH, segments_BT, (window, causal))

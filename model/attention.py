@@ -72,9 +72,8 @@ class SelfAttention(nnx.Module):
             "softcap": attention.softcap,
         }
         settings = {**logits, "window": window}
-        self.attend = functools.partial(
-            kernels.engine.attention, causal=attention.causal, **settings
-        )
+        whole = {"causal": attention.causal, "kernels": cfg.kernels}
+        self.attend = functools.partial(kernels.engine.attention, **whole, **settings)
         self.attend_ring = functools.partial(
             ring_attention,
             block=Block(

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 DTYPES = ("float32", "bfloat16")
+KERNELS = ("fastest", "plain")
 REMATS = ("none", "dots", "mlp", "attention", "full")
 NORMS = ("rms", "layer")
 PLACEMENTS = ("pre", "post", "output", "sandwich")
@@ -244,6 +245,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1  # layers per iteration of the scan
+    kernels: str = "fastest"  # that apply here; "plain": those that apply anywhere, to compare with
     arch: Arch = Arch()
 
     def __post_init__(self):
@@ -257,6 +259,7 @@ class ModelConfig:
         one_of("dtype", self.dtype, DTYPES)
         one_of("param_dtype", self.param_dtype, DTYPES)
         one_of("remat", self.remat, REMATS)
+        one_of("kernels", self.kernels, KERNELS)
 
     @property
     def residual_std(self) -> float:

@@ -10,9 +10,11 @@ time went, joules per token where the driver counts them. The last line is one J
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from rich.table import Table
 import train
 from configs import command
 from configs.run import Run, check
-from costs import devices, flops, rates, trace
+from costs import devices, flops, fusion, rates, trace
+from costs.eager import Eager
 from costs.energy import Energy
 from costs.memory import human
 from sharding import mesh as meshes
 from sharding import runtime
-from tools import fusion
+from tools import fusion as fusions
+from tools import ladder
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("steps", 20, "Timed", flag_values=FLAGS)
@@ -41,26 +45,53 @@ flags.DEFINE_string(
     "compare", None, "A file whose last line is from an earlier run", flag_values=FLAGS
 )
 flags.DEFINE_string("output", None, "A file for the JSON object too", flag_values=FLAGS)
+flags.DEFINE_boolean("rates", True, "Measure what the hardware keeps up too", flag_values=FLAGS)
+# What a program without these would do, for the ladder to hold against:
+flags.DEFINE_boolean("eager", False, "Run each operation by itself", flag_values=FLAGS)
+flags.DEFINE_boolean("donate", True, "Let the step take over its state's memory", flag_values=FLAGS)
+flags.DEFINE_boolean("packed", True, "No: one document a row, and padding", flag_values=FLAGS)
 VOCAB = 32_768  # where a recipe leaves it to the tokenizer
 
 
-def random_batch(run: Run, documents: int) -> dict[str, np.ndarray]:
-    """A batch of random tokens, each row cut at random into so many documents, without padding."""
+def random_batch(run: Run, documents: int, packed: bool = True) -> dict[str, np.ndarray]:
+    """A batch of random tokens, each row cut at random into so many documents, without padding;
+    or, not packed, with the first of them alone."""
     draw, (B, T) = np.random.default_rng(0), (run.data.batch, run.data.seq)
     ids = draw.integers(0, run.model.vocab, (B, T + 1), dtype=np.int32)
     segments = np.ones((B, T), np.int32)
     for row in segments:
         row[draw.choice(np.arange(1, T), documents - 1, replace=False)] += 1
         row[:] = 1 + np.cumsum(row - 1)
+    if not packed:
+        segments[segments > 1] = 0
     begins = np.concatenate([np.ones((B, 1), bool), np.diff(segments) > 0], axis=1)
     places = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     start = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
     return {
         "inputs": ids[:, :-1],
         "targets": ids[:, 1:],
-        "positions": (places - start).astype(np.int32),
+        "positions": np.where(segments > 0, places - start, 0).astype(np.int32),
         "segments": segments,
     }
+
+
+def stepper(program: train.Program) -> tuple[Callable[..., Any], Any]:
+    """What makes the next state and the metrics of a state and a batch, and what it runs by: a
+    compiled program, or an Eager."""
+    if not FLAGS.eager:
+        donated = {"donate_argnums": 0} if FLAGS.donate else {}
+        step = program.jit(train.train_step, **donated).lower(program.state, program.batch())
+        compiled = step.compile()
+        return compiled, compiled
+    shapes = program.state, program.batch()
+    step = functools.partial(train.train_step, program)
+    closed, results = jax.make_jaxpr(step, return_shape=True)(*shapes)
+    structure, eager = jax.tree.structure(results), Eager()
+
+    def one(*args: Any) -> Any:
+        return jax.tree.unflatten(structure, eager(closed, *jax.tree.leaves(args)))
+
+    return one, eager
 
 
 def measure(run: Run, documents: int) -> tuple[dict[str, Any], trace.Trace | None]:
@@ -70,14 +101,17 @@ def measure(run: Run, documents: int) -> tuple[dict[str, Any], trace.Trace | Non
     program = train.build(run)
     state = jax.block_until_ready(program.fresh())
     made = clock()
-    compiled = program.compile()
+    run_step, runs_by = stepper(program)
+    compiled = None if isinstance(runs_by, Eager) else runs_by
     ready = clock()
-    batch = program.place(random_batch(run, documents))
+    rows = random_batch(run, documents, FLAGS.packed)
+    tokens = int((rows["segments"] > 0).sum())
+    batch = program.place(rows)
     hold = [state]
     del state
 
     def step() -> jax.Array:
-        hold[0], metrics = compiled(hold[0], batch)
+        hold[0], metrics = run_step(hold[0], batch)
         return metrics["loss"]
 
     losses = [step() for _ in range(FLAGS.warmup)]
@@ -89,26 +123,32 @@ def measure(run: Run, documents: int) -> tuple[dict[str, Any], trace.Trace | Non
     jax.block_until_ready(hold[0])
     seconds = (clock() - first) / FLAGS.steps
     used = None if joules is None else (energy.joules() - joules) / FLAGS.steps
-    where = trace.traced(lambda: jax.block_until_ready(step()))
+    where = trace.traced(lambda: jax.block_until_ready(step())) if compiled else None
     count = jax.device_count()
-    tokens = run.data.batch * run.data.seq
     work = tokens * flops.flops_per_token(run.model, run.data.seq) / count
     peak = devices.peak_flops(jax.devices()[0], run.model.dtype)
-    memory = compiled.memory_analysis()
     figures = {
         "device": f"{count} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "tokens_per_s_per_device": round(tokens / seconds / count, 1),
         "step_s": seconds,
-        "tflops_per_device": round(work / seconds / 1e12, 1),
+        "tflops_per_device": round(work / seconds / 1e12, 5),
         "mfu": round(work / seconds / peak, 4) if peak else None,
         "peak_bytes": devices.peak_memory(),
-        "planned_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "init_s": round(made - started, 2),
-        "compile_s": round(ready - made, 2),
+        "compile_s": round(ready - made, 2) if compiled else None,
         "joules_per_token": used and round(used / tokens, 5),
-        "losses": [round(float(loss), 4) for loss in losses],
+        "losses": [round(float(loss), 6) for loss in losses],
     }
+    if compiled:
+        memory, made = compiled.memory_analysis(), fusion.analyse(compiled.as_text())
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        figures["planned_bytes"] = (
+            memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
+        )
+        figures |= {"kernels": made.launches, "moved_bytes": made.moved}
+    else:
+        figures["kernels"] = runs_by.count // len(losses)
     if where:
         figures["where_ms"] = {kind: round(s * 1e3, 2) for kind, s in where.kinds.items()}
         figures["where_ms"] |= {"idle": round(where.idle * 1e3, 2)}
@@ -182,6 +222,8 @@ def main(run: Run) -> int:
             raise ValueError(
                 f"--steps={FLAGS.steps} and --warmup={FLAGS.warmup} must be at least 1"
             )
+        if FLAGS.eager and jax.device_count() > 1:
+            raise ValueError(f"--eager runs on one device, not on {jax.device_count()}")
         if not 1 <= FLAGS.documents <= run.data.seq:
             raise ValueError(f"--documents={FLAGS.documents} must be 1 to {run.data.seq}")
         before = last_object(FLAGS.compare) if FLAGS.compare else None
@@ -193,7 +235,8 @@ def main(run: Run) -> int:
     console = Console(width=120)
     with jax.set_mesh(meshes.make(run.mesh)):
         figures, where = measure(run, FLAGS.documents)
-    figures |= against(run, figures, FLAGS.documents)
+    if FLAGS.rates:
+        figures |= against(run, figures, FLAGS.documents)
     show(console, figures, where)
     if before:
         compared(console, figures, before)
@@ -216,12 +259,22 @@ KINDS = {
         ),
     ),
     "fusion": (
-        fusion.main,
-        fusion.FLAGS,
+        fusions.main,
+        fusions.FLAGS,
         "configs/quickstart.py",
         (
             "fusion --config=configs/llama.py:1B --places=20 --hlo=step.txt",
             "fusion --diff=model.remat=full --diff=model.unroll=1",
+        ),
+    ),
+    "ladder": (
+        ladder.main,
+        ladder.FLAGS,
+        "configs/llama.py:124M",
+        (
+            "ladder --config.model.layers=4 --config.model.vocab=8192 --config.data.seq=256 "
+            "--config.data.batch=4 --config.model.dtype=float32 --plot=ladder.png",
+            "ladder --config=configs/llama.py:1B --config.data.seq=2048 --batch=1",
         ),
     ),
 }

@@ -18,13 +18,15 @@ def attention(
     documents: int = 0,
     causal: bool = True,
     softcap: float = 0.0,
+    kernels: str = "fastest",
     **how: float,
 ) -> jax.Array:
     """As `attention.plain`, on one device's rows and heads; `documents`: the most of a row, 0: any.
 
-    On a GPU by cuDNN; where that does not apply, the reason is logged once.
+    On a GPU by cuDNN, unless `kernels` is "plain"; where it does not apply, the reason is logged
+    once.
     """
-    if platform() == "gpu":
+    if platform() == "gpu" and kernels == "fastest":
         reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
         if not reason:
             how["documents"] = documents

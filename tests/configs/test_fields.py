@@ -9,7 +9,7 @@ import pytest
 from configs import fields
 from configs.run import Run, from_json, to_json
 from data.config import DataConfig
-from model.config import DTYPES, MLPS, NORMS, REMATS
+from model.config import DTYPES, KERNELS, MLPS, NORMS, REMATS
 from optim.config import OPTIMIZERS, SCHEDULES
 from sharding import schedule
 from sharding.layout import MeshAxis
@@ -23,7 +23,7 @@ NEEDS = {
     "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")
-TEXTS += (*DTYPES, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES, *schedule.SCHEDULES)
+TEXTS += (*DTYPES, *KERNELS, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES, *schedule.SCHEDULES)
 
 
 def get(config, path):

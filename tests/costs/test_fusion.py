@@ -104,7 +104,7 @@ def test_a_kernel_moves_what_it_reads_and_writes_and_a_loops_as_often_as_it_runs
     }
     assert found.launches == 8
     assert found.moved == 3072 + 1088 + 2112 + 256 + 4 * 132
-    assert list(found.kinds().values())[0] == (1, 3072)
+    assert next(iter(found.kinds().values())) == (1, 3072)
 
 
 def test_what_fusion_saved_is_what_stayed_inside(found):

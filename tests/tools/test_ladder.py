@@ -1,0 +1,101 @@
+"""The ladder's rungs: what each adds, what is left out, what is told of one that fails."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+
+from configs import command
+from configs.load import load, save
+from tools import ladder
+
+TINY = {
+    "model.layers": "2", "model.embed": "16", "model.heads": "2", "model.kv_heads": "2",
+    "model.head_dim": "8", "model.mlp": "16", "model.vocab": "64", "data.batch": "4",
+    "data.seq": "32", "model.remat": "dots", "model.arch.head.chunk": "32",
+}  # fmt: skip
+
+
+@pytest.fixture
+def run():
+    return load("configs/llama.py:124M", TINY)
+
+
+def test_each_rung_adds_one_thing_and_the_last_is_the_recipe(run):
+    climbed = list(ladder.rungs(run, 2, 3, cpu=False))
+    assert [rung.name for rung in climbed] == [
+        "operation by operation, float32",
+        "compiled and fused",
+        "a loop over the layers",
+        "bfloat16",
+        "flash attention",
+        "logits in chunks",
+        "remat: dots",
+        "state taken over",
+        "packed rows",
+        "4 rows",
+    ]
+    for before, rung in itertools.pairwise(climbed):
+        both = (before.fields | before.flags).items() ^ (rung.fields | rung.flags).items()
+        assert len({name for name, _ in both}) == 1
+    last = load("configs/llama.py:124M", TINY | {k: str(v) for k, v in climbed[-1].fields.items()})
+    assert last == run
+    assert climbed[-1].flags == {"eager": False, "donate": True, "packed": True, "documents": 3}
+
+
+def test_what_changes_nothing_is_left_out(run):
+    model = dataclasses.replace(run.model, dtype="float32", remat="none", unroll=2)
+    run = dataclasses.replace(run, model=model)
+    names = [rung.name for rung in ladder.rungs(run, 0, 1, cpu=True)]
+    assert names[1:] == [
+        "compiled and fused", "a loop over the layers", "logits in chunks", "state taken over",
+        "packed rows", "2 layers a round",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "failed"),
+    [
+        (1, "RESOURCE_EXHAUSTED: Out of memory allocating", "out of memory"),
+        (-9, "", "out of memory"),
+    ],
+)
+def test_a_rung_that_does_not_fit_is_told_as_such(run, code, told, failed, tmp_path, monkeypatch):
+    done = dataclasses.make_dataclass("Done", ["returncode", "stderr"])(code, told)
+    monkeypatch.setattr(ladder.subprocess, "run", lambda *_, **__: done)
+    (first, *_) = ladder.rungs(run, 0, 1, cpu=True)
+    ladder.climb(first, tmp_path, 1)
+    assert first.failed == failed and not first.figures
+    done.returncode, done.stderr = 2, "meshlm: error: batch=3 does not divide"
+    with pytest.raises(ValueError, match=r"operation by operation.*batch=3 does not divide"):
+        ladder.climb(first, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_rungs_run_and_agree_on_the_loss(run, tmp_path):
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, layers=1))
+    save(run, tmp_path / "config.json")
+    first, second, *_ = ladder.rungs(run, 0, 2, cpu=True)
+    for rung in (first, second):
+        ladder.climb(rung, tmp_path, 1)
+    assert first.figures["losses"][0] == pytest.approx(second.figures["losses"][0], rel=1e-5)
+    assert first.figures["kernels"] > second.figures["kernels"]
+    assert set(ladder.summary([first, second])) == {"speed", "memory", "efficiency"}
+    json.dumps(dataclasses.asdict(second))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--steps=0", "--steps=0 must be at least 1"),
+        ("--batch=100", "--batch=100 must be 1 to the recipe's 8"),
+        ("--config.mesh.fsdp=2", "climbed on one device"),
+    ],
+)
+def test_a_wrong_flag_says_what_is_right(flag, message, capsys):
+    ladder.FLAGS.unparse_flags()
+    for name in ladder.FLAGS:
+        ladder.FLAGS[name].unparse()
+    code = command.status(ladder.main, [flag], "configs/quickstart.py", values=ladder.FLAGS)
+    assert code == 2 and message in capsys.readouterr().err
