@@ -122,12 +122,14 @@ def compile_for(plan: Plan, trace: Trace) -> Plan:
     arguments = stats.argument_size_in_bytes
     extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
     total = arguments + extra + stats.temp_size_in_bytes
+    peaked = getattr(stats, "peak_memory_in_bytes", 0)
     found = {
         "arguments": arguments,
         "temporaries": stats.temp_size_in_bytes,
         # The most that is alive at once, where the compiler says it: that decides whether a step
         # fits. The sum is what a GPU takes as well; of TPUs it counts memory twice (LOG.md).
-        "bytes": getattr(stats, "peak_memory_in_bytes", 0) or total,
+        # A CPU's compiler gives its arguments for it.
+        "bytes": total if plan.target.platform == "cpu" else (peaked or total),
         "sum": total,
         "collectives": totals(collectives(compiled.as_text())),
     }
