@@ -43,14 +43,14 @@ def apart_spec(spec: jax.P) -> jax.P:
 def apart(x: jax.Array) -> jax.Array:
     """[S B, ...] as [S, B, ...]. Nothing moves."""
     spec = jax.typeof(x).sharding.spec
-    return jax.shard_map(lambda x: x[None], out_specs=apart_spec(spec))(x)
+    return jax.shard_map(lambda x: x.reshape(1, *x.shape), out_specs=apart_spec(spec))(x)
 
 
 def together(x: jax.Array) -> jax.Array:
     """[S, B, ...] as [S B, ...]. Nothing moves."""
     stage, rows, *rest = jax.typeof(x).sharding.spec
     spec = jax.P((*axes_of(stage), *axes_of(rows)), *rest)
-    return jax.shard_map(lambda x: x[0], out_specs=spec)(x)
+    return jax.shard_map(lambda x: x.reshape(x.shape[1:]), out_specs=spec)(x)
 
 
 def for_rows(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ class Search:
     target: Target
     trace: Trace
     rate: float = 0.0
-    limit_s: float = 40.0  # of this process' own work: other work does not shorten a search
+    limit_s: float = 30.0  # of this process' own work: other work does not shorten a search
     tried: int = 0
     _since: float = field(default_factory=time.process_time)
 

@@ -86,8 +86,9 @@ def test_collectives_are_those_of_the_compiled_program(sizes):
     theirs = totals(collectives(step.lower().compile().as_text()))
     for kind in ("all-gather", "reduce-scatter", "all-to-all"):
         assert ours.get(kind, 0) == pytest.approx(theirs[kind][1], rel=0.03), kind
-    # XLA sums some scalars, and gradients of norms, in another place than the program asks.
-    assert ours["all-reduce"] == pytest.approx(theirs["all-reduce"][1], rel=0.35)
+    # XLA sums some scalars, and gradients of norms, in another place than the program asks; over
+    # two axes in one go or one after the other, which hands out twice the bytes.
+    assert 0.65 <= theirs["all-reduce"][1] / ours["all-reduce"] <= 2
 
 
 def test_matmul_flops_are_six_a_weight_and_attention_computes_its_weights_twice():

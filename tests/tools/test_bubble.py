@@ -53,5 +53,5 @@ def test_it_times_each_number_of_micro_batches(capsys):
     assert call(*TINY, SPLIT, "--schedules=1f1b", "--micro_batches=1,3", "--steps=1") == 0
     out = capsys.readouterr().out
     assert re.search(r"\| 1f1b x 1 +\| ms a step", out)
-    assert re.search(r"\| 1 +\| [\d.]+ +\| -?[\d.]+% \| 50.0% ", out)
-    assert re.search(r"\| 3 +\| [\d.]+ +\| -?[\d.]+% \| 25.0% ", out)
+    assert re.search(r"\| 1 +\| [\d.]+ +\| -?[\d.]+% +\| 50.0% ", out)
+    assert re.search(r"\| 3 +\| [\d.]+ +\| -?[\d.]+% +\| 25.0% ", out)
