@@ -313,7 +313,7 @@ def test_every_axis_alone_gives_the_values_of_one_device(capsys):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("target", "count"), [("v5e-8", "9"), ("h100x8", r"\d")])
+@pytest.mark.parametrize(("target", "count"), [("v5e-8", "11"), ("h100x8", r"\d+")])
 def test_a_target_that_is_not_here_reduce_scatters(target, count, capsys):
     try:
         targets.devices_of(target)
