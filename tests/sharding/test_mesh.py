@@ -83,7 +83,11 @@ def test_a_mesh_has_explicit_axes_and_every_device_once():
 def test_a_layout_names_the_mesh_axes_of_each_dim():
     layout = Layout()
     rows = ("dcn", "data", "fsdp", "expert")
-    assert tuple(layout.spec("batch", "sequence", "vocab")) == (rows, "context", "tensor")
+    assert tuple(layout.spec("batch", "sequence", "vocab")) == (
+        rows,
+        "context",
+        ("stage", "tensor"),
+    )
     assert tuple(layout.spec("embed", "heads", None)) == ("fsdp", "tensor", None)
     assert tuple(Layout(mlp=None).spec("mlp", "embed")) == (None, "fsdp")
     assert tuple(layout.spec()) == ()
