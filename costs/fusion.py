@@ -166,10 +166,12 @@ class _Walk:
         sizes = [size for _, size in names.arrays(one)]
         if one.operation == "dynamic-update-slice":
             sizes = [sum(names.sizes(one.operands[1]).values())]
-        elif one.operation == "custom-call":  # bytes in a row: what a library works in
-            sizes = [0 if dims == (size,) else size for dims, size in one.arrays]
         elif inside:
             sizes = inside.written(sizes)
+        if "custom-call" in (inside.names if inside else {one.operation}):
+            # Bytes in a row are what a library works in.
+            arrays = zip(names.arrays(one), sizes, strict=True)
+            sizes = [0 if dims == (whole,) else size for (dims, whole), size in arrays]
         writes = dict(zip(names.written(one), sizes, strict=True))
         kind = self.kind(one, inside)
         size = sum(reads.values()) + sum(writes.values())
@@ -285,6 +287,7 @@ class _Inside:
     def __init__(self, module: hlo.Module, name: str):
         self.own = list(_flat(module, name))
         self.names = {one.operation for one in self.own if one.operation not in FREE}
+        self.names |= {one.attribute("custom_call_target") for one in self.own} - {""}
         self._by_name = {one.name: one for one in module.computations.get(name, [])}
         self._users: dict[str, list[hlo.Instruction]] = defaultdict(list)
         for one in self._by_name.values():

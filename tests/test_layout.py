@@ -31,7 +31,7 @@ CONFIG_MODULES |= {"sharding.layout", "sharding.mesh", "sharding.schedule"}
 LEAVES = {"configs.fields"}  # modules that import nothing of the house, for anyone
 # Tools that repeat a training step.
 MAY_IMPORT_TRAIN = {"tools.parity", "tools.plan", "tools.replay"}
-MAY_IMPORT_TRAIN |= {"tools.bench", "tools.bubble", "tools.fusion"}  # and time it
+MAY_IMPORT_TRAIN |= {"tools.bench", "tools.bubble"}  # and time it
 MAX_LINES, MAX_KERNEL_LINES, MAX_FUNCTION_LINES = 500, 700, 80
 
 

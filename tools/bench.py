@@ -265,6 +265,7 @@ KINDS = {
         (
             "fusion --config=configs/llama.py:1B --places=20 --hlo=step.txt",
             "fusion --diff=model.remat=full --diff=model.unroll=1",
+            "fusion --config=configs/llama.py:8B --aot=h100x8 --hlo=step.txt",
         ),
     ),
     "ladder": (

@@ -2,11 +2,12 @@
 
 python -m tools.bench fusion --config=configs/llama.py:1B
 
-The step is compiled for the devices that are here, not run. Printed: its kernels by kind with the
-bytes they move, against what its operations would move one by one and against the least; then the
-places of the source between which most bytes still pass through memory. costs/fusion.py says how
-that is counted. --diff=FIELD=VALUE, as often as wanted, compiles the recipe with those fields as
-well and puts both side by side. The last line is one JSON object.
+The step is compiled for the devices that are here, or with --aot for a target that is not (with a
+stand-in for cuDNN's attention, as tools.plan does), and not run. Printed: its kernels by kind with
+the bytes they move, against what its operations would move one by one and against the least; then
+the places of the source between which most bytes still pass through memory. costs/fusion.py says
+how that is counted. --diff=FIELD=VALUE, as often as wanted, compiles the recipe with those fields
+as well and puts both side by side. The last line is one JSON object.
 """
 
 import dataclasses
@@ -20,28 +21,29 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-import train
 from configs import command, fields
 from configs.load import ROOT
 from configs.run import Run, check
-from costs import fusion
+from costs import fusion, targets
 from costs.devices import DATASHEETS
 from costs.fusion import Fusion
 from costs.memory import human
-from sharding import mesh as meshes
 from sharding import runtime
+from tools.plan import tokens, tracer
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string("diff", [], "FIELD=VALUE of a second configuration", flag_values=FLAGS)
+flags.DEFINE_string("aot", None, f"Compile for: {targets.known()}", flag_values=FLAGS)
 flags.DEFINE_integer("places", 10, "The costliest places to print", flag_values=FLAGS)
 flags.DEFINE_string("hlo", None, "A file for the text of the compiled step", flag_values=FLAGS)
-VOCAB = 32_768  # where a recipe leaves it to the tokenizer
 
 
 def compiled(run: Run) -> str:
-    """The text of the run's step, compiled for its mesh."""
-    with jax.set_mesh(meshes.make(run.mesh)):
-        return train.build(run).compile().as_text()
+    """The text of the run's step, compiled for its mesh on the devices here or of the target."""
+    devices = targets.devices_of(FLAGS.aot) if FLAGS.aot else jax.devices()
+    _, step = tracer(targets.parse(FLAGS.aot).platform if FLAGS.aot else "")(run, devices)
+    options = targets.compiler_options(FLAGS.aot) if FLAGS.aot else None
+    return step.lower().compile(compiler_options=options).as_text()
 
 
 def figures(found: Fusion) -> dict[str, Any]:
@@ -103,15 +105,19 @@ def main(run: Run) -> int:
         if FLAGS.places < 0:
             raise ValueError(f"--places={FLAGS.places} must be at least 0")
         if not run.model.vocab:
-            run = dataclasses.replace(run, model=run.model.with_vocab(VOCAB))
+            run = dataclasses.replace(run, model=run.model.with_vocab(tokens(run.data.tokenizer)))
         runs = [run]
         if FLAGS.diff:
             pairs = [text.partition("=") for text in FLAGS.diff]
             if wrong := [name for name, sign, _ in pairs if not sign]:
                 raise ValueError(f"--diff={wrong[0]} must be FIELD=VALUE, such as model.remat=full")
             runs.append(fields.override(run, {name: value for name, _, value in pairs}))
+        if FLAGS.aot and (lacks := targets.missing(targets.parse(FLAGS.aot))):
+            raise ValueError(f"--aot={lacks}")
+        if FLAGS.aot:  # the plug-in of the target must not look for its devices
+            jax.config.update("jax_platforms", "cpu")
         for each in runs:
-            check(each, jax.device_count())
+            check(each, targets.parse(FLAGS.aot).count if FLAGS.aot else jax.device_count())
     console = Console(width=140)
     texts = [compiled(each) for each in runs]
     if FLAGS.hlo:
@@ -119,11 +125,12 @@ def main(run: Run) -> int:
             Path(FLAGS.hlo).write_text(texts[0], encoding="utf-8")
     found = [fusion.analyse(text, os.fspath(ROOT)) for text in texts]
     show(console, found)
-    sheet = DATASHEETS.get(jax.devices()[0].device_kind)
+    kind = targets.parse(FLAGS.aot).kind if FLAGS.aot else jax.devices()[0].device_kind
+    sheet = DATASHEETS.get(kind)
     for name, one in zip(("", "with --diff:"), found, strict=False):
         console.print(f"\n{name}".rstrip("\n"))
         show_places(console, one, sheet.bandwidth if sheet else None)
-    line = {"recipe": run.name, "device": jax.devices()[0].device_kind, **figures(found[0])}
+    line = {"recipe": run.name, "device": FLAGS.aot or kind, **figures(found[0])}
     line["places"] = [dataclasses.asdict(left) for left in found[0].left[: FLAGS.places]]
     if FLAGS.diff:
         line |= {"diff": FLAGS.diff, "with_diff": figures(found[1])}
