@@ -341,8 +341,8 @@ class _Inside:
         total = 0
         for user in self._users[one.name]:
             at = user.operands.index(one.name)
-            if user.operation in ALIASES:
-                total += self._read(user, size)
+            if user.operation in (*ALIASES, "convert"):  # what is read of the copy is read of it
+                total += self._read(user, user.bytes) * one.bytes // max(1, user.bytes)
             elif user.operation in SLICES and at == 0:
                 total += user.bytes
             elif not (user.operation == "dynamic-update-slice" and at == 0):
