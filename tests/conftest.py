@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict shapes, a cache of their own; `gpu` tests wait for a GPU."""
 
 import os
+import signal
 
 import pytest
 
@@ -49,3 +50,11 @@ def cache_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESHLM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture
+def heeds_ctrl_c():
+    """A shell has its background commands ignore it, and a test run may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -275,7 +275,7 @@ def test_a_target_that_is_taken_is_refused(tmp_path):
 @pytest.mark.parametrize("to", ["hf", "meshlm"])
 @pytest.mark.parametrize("when", ["write", "compare"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_whatever_ends_it_leaves_nothing(tmp_path, to, when, error):
+def test_whatever_ends_it_leaves_nothing(tmp_path, to, when, error, heeds_ctrl_c):
     folders.write(tmp_path / "hf")
 
     def stop(what, done, total):

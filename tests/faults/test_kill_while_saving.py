@@ -62,7 +62,8 @@ def partial(folder) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.isdecimal()]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [30])
 def test_what_was_committed_survives_every_kill(tmp_path, kills):
     draw, torn, folder = random.Random(kills), 0, tmp_path / "checkpoints"
     folder.mkdir()

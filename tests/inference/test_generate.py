@@ -209,7 +209,7 @@ def test_who_reads_may_stop_reading(folder):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_quietly(folder):
+def test_ctrl_c_ends_quietly(folder, heeds_ctrl_c):
     args = [sys.executable, "generate.py", f"--checkpoint={folder}", "--chat"]
     running = subprocess.Popen(
         args, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -66,7 +66,8 @@ def test_nothing_is_written_beyond_the_cache(one_device):
     np.testing.assert_array_equal(values[..., :6, :], now_values[..., :6, :])
 
 
-@pytest.mark.parametrize("sizes", mostly_slow([(2, 2, 2), (1, 1, 2)], (1, 1, 2)))
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 1, 2)])
 def test_a_mesh_decodes_what_one_device_decodes(one_device, sizes):
     cfg = dataclasses.replace(config("gemma2"), heads=4, kv_heads=2, layers=5)
     ids, rows = texts(cfg, rows=4), 4

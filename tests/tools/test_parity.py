@@ -73,8 +73,8 @@ def test_a_dense_recipe_passes_on_a_hybrid_mesh(one_device, monkeypatch, capsys)
     assert run(*DENSE, "--verbose") == 0
     out = capsys.readouterr().out
     assert re.search(rf"\| {HYBRID} .*\| pass \|", out)
-    # Five of weights; six of tokens: of a layer's two sums and of what their inputs get back, of the
-    # embedding's sum, of what the head gives back.
+    # Five of weights; six of tokens: of a layer's two sums and of what their inputs get back, of
+    # the embedding's sum, of what the head gives back.
     assert re.search(rf"\| {HYBRID} +\| \d+: [\d.]+ KiB +\| 11: ", out), "reduce-scatters"
     table = re.search(r"\| embedding\.table +\| (\d+)", out)
     assert int(table[1]) == 64 * 32 * 4 // 4  # vocab over tensor, width over fsdp

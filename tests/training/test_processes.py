@@ -58,6 +58,7 @@ def test_a_checkpoints_folder_that_vanishes_is_not_taken_for_saved(start, run):
     assert "is not saved" in out and "step 12 could not be saved" in err
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run(finished, several, run):
     processes = several(2, NO_SAMPLE)
     (out, _), (silence, _) = all_end(processes)
