@@ -322,11 +322,7 @@ class _Inside:
                 continue
             for operand in one.operands:
                 source = sizes.get(operand)
-                while source is not None and source.operation in (
-                    "bitcast",
-                    "reshape",
-                    "broadcast",
-                ):
+                while source is not None and source.operation in (*ALIASES, "broadcast"):
                     source = sizes.get(source.operands[0]) if source.operands else None
                 if source is not None and source.operation not in MADE:
                     total += source.bytes

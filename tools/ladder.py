@@ -11,6 +11,7 @@ such. The last line is one JSON object; --plot draws it.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -190,7 +191,7 @@ def main(run: Run) -> int:
             raise ValueError(f"--batch={FLAGS.batch} must be 1 to the recipe's {run.data.batch}")
         if math.prod(vars(run.mesh).values()) not in (1, -1):
             raise ValueError("the ladder is climbed on one device: leave the mesh as it is")
-        if FLAGS.plot and _lacks_matplotlib():
+        if FLAGS.plot and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib: pip install 'meshlm[plot]'")
     console, climbed = Console(width=150), []
     with tempfile.TemporaryDirectory() as name:
@@ -217,11 +218,3 @@ def main(run: Run) -> int:
 def _short(rung: Rung) -> str:
     got = rung.figures
     return f"{got['tokens_per_s_per_device']:,.0f} tokens/s, {human(got['peak_bytes'])}"
-
-
-def _lacks_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return True
-    return False
