@@ -5,6 +5,7 @@ The same command in the same --workdir goes on where it stopped.
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from flax import nnx
 from jax.sharding import NamedSharding
@@ -22,14 +22,14 @@ from configs.run import Run, check
 from model import transformer
 from monitor.profile import Profile
 from monitor.signals import Signals
-from optim.optimizer import make_optimizer
+from optim.lean import norm
 from optim.schedule import make_schedule
-from optim.zero import split_over
+from optim.update import Update, make_update
 from sharding import context, runtime
 from sharding import mesh as meshes
 from sharding.gather import axes_of
 from sharding.stages import stage_count
-from training.guard import Guard, taken
+from training.guard import Guard
 from training.lock import Lock
 from training.loop import Loop
 from training.origin import Origin, resolve
@@ -111,15 +111,14 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
         zero = jax.tree.map(jnp.zeros_like, (told, state.params))
         (told, grads), _ = jax.lax.scan(add, zero, parts)
 
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    nats, norm = told.pop("nats"), optax.tree.norm(grads)
-    good, guard, judged = state.guard.judge(run.guard, nats, norm)
-    params, opt_state = taken(good, (params, opt_state), (state.params, state.opt_state))
+    nats, size = told.pop("nats"), norm(grads)
+    good, guard, judged = state.guard.judge(run.guard, nats, size)
+    number = state.step - state.guard.skipped  # of this step, among those that were taken
+    params, opt_state = program.optimizer.step(number, good, grads, state.opt_state, state.params)
     metrics = {
         "loss": nats,
-        "grad_norm": norm,
-        "lr": program.schedule(state.step - state.guard.skipped),  # the optimizer's own count
+        "grad_norm": size,
+        "lr": program.schedule(number),
         "tokens": count,
         **judged,
         **told,
@@ -155,8 +154,8 @@ class Program:
 
     run: Run
     graph: nnx.GraphDef
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    optimizer: Update
+    schedule: Callable[[jax.Array], jax.Array]  # step's number to learning rate
     state: State = None  # shapes and shardings
 
     @property
@@ -219,8 +218,8 @@ class Program:
 def build(run: Run) -> Program:
     """The program of a run, its vocabulary resolved, on the mesh in use; allocates nothing."""
     graph, _, roles = transformer.abstract(run.model, run.layout)
-    optimizer = make_optimizer(run.optim, run.steps, roles)
-    optimizer = split_over(optimizer, axes_of(run.layout.optimizer))
+    axes = axes_of(run.layout.optimizer)
+    optimizer = make_update(run.optim, run.steps, roles, run.seed, axes)
     program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps))
     whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
 

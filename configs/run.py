@@ -143,6 +143,8 @@ def check_split(run: Run, devices: int) -> None:
     moe, ways = run.model.arch.moe, _ways(run, "experts", sizes)
     _divides("model: arch.moe.mlp", moe.mlp, _ways(run, "mlp", sizes))
     _divides("model: arch.moe.experts", moe.experts, ways)
+    if run.optim.moments != "float32":
+        _check_moments(run, sizes)
     if sizes["expert"] > 1 and not moe.experts:
         raise ValueError(
             f"mesh: expert={sizes['expert']} splits experts, and the model has none; "
@@ -173,6 +175,30 @@ def _check_stages(run: Run, sizes: dict[str, int]) -> None:
             )
     repeats = {"repeats": run.pipeline.repeats, "layers of the pattern": run.model.places}
     _divides("model: layers", run.model.layers, {"stage": sizes["stage"], **repeats})
+
+
+def _check_moments(run: Run, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless small moments lie as their weights do, no block over two devices."""
+    if any(size > 1 for size in _ways(run, "optimizer", sizes).values()):
+        raise ValueError(
+            f"layout: optimizer={run.layout.optimizer} splits moments in float32 only, not "
+            f"optim.moments={run.optim.moments}; optimizer=none, or split the weights too, by fsdp"
+        )
+    if run.optim.moments != "int8":
+        return
+    cfg, block = run.model, run.optim.block
+    rows = {  # of a weight: its inputs
+        "embed": (cfg.embed, "embed"),
+        "heads x head_dim": (cfg.heads * cfg.head_dim, "heads"),
+        "mlp": (cfg.mlp, "mlp"),
+        "arch.moe.mlp": (cfg.arch.moe.mlp, "mlp"),
+    }
+    split = {name: (size, _ways(run, axis, sizes)) for name, (size, axis) in rows.items()}
+    common = math.gcd(*(size // math.prod(ways.values()) for size, ways in split.values()))
+    fit = max(n for n in range(1, 257) if common % n == 0)
+    fix = f", or --config.optim.block={fit}" if fit >= 8 else ""
+    for name, (size, ways) in split.items():
+        _divides(f"optim: moments=int8 of {name}", size, {**ways, "block": block}, fix)
 
 
 def _trainable(run: Run) -> None:

@@ -46,7 +46,7 @@ def choices(
     )
     half = f"{(weights + moments + gradients) / 2 / GIB:.1f} GiB of a device: two bytes for four"
     one = f"about {moments / 2 / GIB:.1f} GiB of a device: one moment in place of Adam's two"
-    rounding = f"{NOT_MEASURED}; small updates round to nothing"
+    rounding = "0.1 % of a short run's loss (LOG.md); updates round by chance"
     return [
         *found,
         Choice("--config.model.param_dtype=bfloat16", half, rounding, False),

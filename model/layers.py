@@ -193,6 +193,9 @@ class Embedding(nnx.Module):
         def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
+            # In float32, since the gradient sums all rows of a token: in bfloat16 a sum of hundreds
+            # would stop growing.
+            table_vd = table_vd.astype(jnp.float32)
             x_BTd = table_vd.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
             x_BTd = x_BTd.astype(dtype)
             x_BTd = lax.psum(x_BTd, summed) if summed else x_BTd

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "muon")
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
+MOMENTS = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class OptimConfig:
     accumulate: int = 1  # micro-batches per step
     b1: float = 0.9  # momentum of adamw, sgd, lion, adafactor, and of Muon's Adam
     b2: float = 0.95
+    moments: str = "float32"  # of adamw: how each is kept; "int8": a byte, and a scale a block
+    block: int = 256  # numbers of a weight's row that share a scale
     muon: Muon = Muon()
 
     def __post_init__(self):
@@ -57,5 +60,14 @@ class OptimConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if self.moments not in MOMENTS:
+            raise ValueError(f"moments={self.moments!r} is none of {', '.join(MOMENTS)}")
+        if self.moments != "float32" and self.name != "adamw":
+            raise ValueError(
+                f"moments={self.moments} needs name=adamw, not {self.name}, which keeps float32; "
+                f"adafactor's second moment is small by itself: a row and a column of each matrix"
+            )
+        if self.block < 8:
+            raise ValueError(f"block={self.block} must be at least 8: a scale takes 4 bytes")
         if self.accumulate < 1:
             raise ValueError(f"accumulate={self.accumulate} must be at least 1")

@@ -55,11 +55,6 @@ class Guard:
         return good, made, {**told, "skipped": made.skipped, "in_row": made.in_row}
 
 
-def taken(good: jax.Array, after: Any, before: Any) -> Any:
-    """`after` if the step is good, else `before`, bit by bit; it costs what a comparison does."""
-    return jax.tree.map(lambda a, b: lax.select(good, a, b), after, before)
-
-
 def rewound(state: Any, step: jax.Array) -> Any:
     """An earlier state of the run as that of `step`.
 

@@ -33,8 +33,9 @@ def output_step(program: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[
         return jnp.sum(waves * real) / jnp.sum(real), y
 
     (loss, outputs), grads = jax.value_and_grad(score, has_aux=True)(state.params)
-    updates, opt_state = program.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = program.optimizer.step(
+        state.step, jnp.bool_(True), grads, state.opt_state, state.params
+    )
     metrics = {"loss": loss, "outputs": outputs}
     step = state.step + 1
     return dataclasses.replace(state, step=step, params=params, opt_state=opt_state), metrics

@@ -251,6 +251,7 @@ def test_a_value_of_the_wrong_type_is_found_where_python_looks_away(run, message
 def test_many_overrides_at_once_reach_their_fields_and_no_other():
     groups = ("log", "eval", "checkpoint", "optim")
     some = [leaf for leaf in LEAVES if leaf[0].split(".")[0] in groups]
+    some = [leaf for leaf in some if leaf[0] != "optim.name"]  # small moments need adamw
     wanted = {path: changed(path, kind, value)[1] for path, kind, value in some}
     run = fields.override(Run(), {path: fields.spell(value) for path, value in wanted.items()})
     for path, _, default in LEAVES:

@@ -12,13 +12,17 @@ from costs import flops
 from sharding import mesh as meshes
 from tests.meshes import hybrid
 
-PUBLISHED = {"1B": 1_498_482_688, "8B": 8_030_261_248}  # Llama-3.2-1B with its own head; Llama-3-8B
+LLAMA_3_8B = 8_030_261_248
+PUBLISHED = {"1B": 1_498_482_688, "8B": LLAMA_3_8B, "8B-80GB": LLAMA_3_8B}  # 1B: with its own head
 
 
-@pytest.mark.parametrize("size", ["124M", "350M", "1B", "8B"])
-def test_the_step_of_every_llama_recipe_traces_and_lowers_on_eight_devices(size):
+@pytest.mark.parametrize(
+    ("size", "devices"), [("124M", 8), ("350M", 8), ("1B", 8), ("8B", 8), ("8B-80GB", 1)]
+)
+def test_the_step_of_every_llama_recipe_traces_and_lowers(size, devices):
     run = load(f"configs/llama.py:{size}")
-    with jax.set_mesh(meshes.make(run.mesh, jax.devices()[:8])):
+    check(run, devices)
+    with jax.set_mesh(meshes.make(run.mesh, jax.devices()[:devices])):
         program = train.build(run)
         lowered = program.jit(train.train_step, donate_argnums=0).lower(
             program.state, program.batch()
@@ -37,5 +41,5 @@ def test_the_quickstart_can_be_split_by_four_along_every_axis():
 
 
 def test_an_unknown_llama_size_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'13B' is none of 124M, 350M, 1B, 8B"):
+    with pytest.raises(ValueError, match=r"'13B' is none of 124M, 350M, 1B, 8B, 8B-80GB"):
         load("configs/llama.py:13B")
