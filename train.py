@@ -29,6 +29,7 @@ from sharding import context, runtime
 from sharding import mesh as meshes
 from sharding.gather import axes_of
 from sharding.stages import stage_count
+from training import twice
 from training.guard import Guard
 from training.lock import Lock
 from training.loop import Loop
@@ -237,6 +238,8 @@ def build(run: Run) -> Program:
 def train(run: Run) -> None:
     """The command, once its flags are a Run."""
     runtime.prepare()
+    if run.deterministic:
+        runtime.deterministic()
     with command.user_input():
         watch = Watch(STEP.value)
     with watch, Lock() as lock:
@@ -255,6 +258,7 @@ def train_in(watch: Watch, lock: Lock, run: Run) -> None:
         lock.take(workdir)
         origin = Origin.find(run, workdir, RESTORE.value, weights)
         check(run, jax.device_count())
+        twice.check(run)
         mesh = meshes.make(run.mesh)
         run, text = open_text(run, origin.tokenizer(), mesh)
         if meshes.is_main():

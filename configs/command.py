@@ -50,6 +50,12 @@ class Unsaved(Exit):
     code = 5
 
 
+class Corrupt(Exit):
+    """A device computed other bits than it should have."""
+
+    code = 6
+
+
 class Stopped(Exit):
     """A signal asked the command to stop, and it did so in order."""
 

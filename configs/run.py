@@ -14,7 +14,8 @@ from sharding.mesh import MeshConfig
 from sharding.schedule import PipelineConfig
 
 MAY_CHANGE = ("name", "steps", "mesh", "layout", "pipeline", "log", "eval", "checkpoint", "guard")
-MAY_CHANGE += ("sample", "optim.accumulate")  # each mesh has its own best number of micro-batches
+MAY_CHANGE += ("deterministic", "sample")
+MAY_CHANGE += ("optim.accumulate",)  # each mesh has its own best number of micro-batches
 WINDOW = 128  # losses that a state remembers
 
 
@@ -62,10 +63,12 @@ class GuardConfig:
     spike: float = 0.0  # deviations above the mean loss from which a step is skipped; 0: any loss
     window: int = 64  # steps, of those that were taken, that the mean is of
     rewind: int = 0  # times that a run goes back to a save, past the batches, before it ends
+    twice: int = 0  # steps between those that are computed twice, to compare the bits; 0: none
 
     def __post_init__(self):
         at_least("stop", self.stop, 1)
         at_least("rewind", self.rewind, 0)
+        at_least("twice", self.twice, 0)
         at_least("spike", self.spike, 0)
         if not 8 <= self.window <= WINDOW:
             raise ValueError(f"window={self.window} must be 8 to {WINDOW} steps")
@@ -91,6 +94,7 @@ class Run:
     name: str = ""  # of the run's folder; empty: the recipe's file name
     steps: int = 100
     seed: int = 0
+    deterministic: bool = False  # the same bits whenever it runs, on a GPU too: docs/faults.md
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

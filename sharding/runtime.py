@@ -64,6 +64,17 @@ def compile_quickly() -> None:
         os.environ["XLA_FLAGS"] = " ".join(words)
 
 
+def deterministic() -> None:
+    """Have XLA make programs for GPUs that give the same bits whenever they run.
+
+    Asked of the whole process, before JAX finds its devices. Operations that add in any order
+    (scatters, the backward of cuDNN attention) are exchanged for others, and no kernel is chosen by
+    timing it, which could choose another next time. On CPU it is so anyway.
+    """
+    words = (os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true")
+    os.environ["XLA_FLAGS"] = " ".join(words).strip()
+
+
 def keep_programs(folder: Path) -> None:
     """Keep compiled programs in `folder` for later processes, unless JAX was told another.
 

@@ -25,6 +25,7 @@ from training.health import Health, older
 from training.origin import Origin
 from training.second_pass import SecondPass
 from training.text import Text
+from training.twice import Twice
 from training.watch import COMPUTES, READS, Watch
 
 
@@ -68,7 +69,8 @@ class Loop:
         """Up to the last step, or to the end of the step in which a signal comes."""
         run = self.run
         self.text.loader.start()  # reads while XLA compiles
-        train_batch = self.program.compile()
+        compiled = self.program.compile()
+        train_batch = Twice(compiled, run.guard.twice, self.speed.pause, self.progress)
         self.speed.start()
         with jax.transfer_guard("disallow"):
             for step in range(self.step + 1, run.steps + 1):
@@ -76,7 +78,8 @@ class Loop:
                 self.watch.at(step, READS)
                 batch = next(self.text.loader)
                 self.watch.at(step, COMPUTES)
-                self.state, metrics = train_batch(self.state, self.program.place(batch.arrays))
+                rows = self.program.place(batch.arrays)
+                self.state, metrics = train_batch(step, self.state, rows)
                 if self.step % run.log.every == 0:
                     self.log()  # the step before, while the device works on this one
                 profile.after(step, metrics)

@@ -1,0 +1,22 @@
+"""How often, and at which moments, faults come: FAULTS_SEED=N for other ones, FAULTS_NIGHTLY=1 for
+many of them."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+SEED = int(os.environ.get("FAULTS_SEED", "0"))
+NIGHTLY = os.environ.get("FAULTS_NIGHTLY", "") not in ("", "0")
+
+
+def times(often: int, nightly: int) -> int:
+    """How many times to try: in CI, or in the nightly run."""
+    return nightly if NIGHTLY else often
+
+
+def sometimes(values: Sequence[Any]) -> list[Any]:
+    """The values of a parametrized test that only the nightly run takes."""
+    skip = pytest.mark.skipif(not NIGHTLY, reason="FAULTS_NIGHTLY=1 runs it")
+    return [pytest.param(value, marks=skip) for value in values]
