@@ -5,7 +5,8 @@ Rules, each seen in the buffers of programs compiled for H100s and TPUs (LOG.md)
   needs its result computes it from what it was made of. A matmul or a collective needs its operands
   in memory, so there it becomes a buffer.
 - A loop writes its stacks in place and keeps them, and what it reads, until it ends. Its body does
-  first what the next round waits for; gradients of weights come last.
+  first what the next round waits for; gradients of weights come last. What it carries and writes
+  parts of stays where it is, in the state that the step was given if it came from there.
 - A result that several read is computed anew by each if that moves fewer bytes than writing it once
   and reading it from there.
 - A kernel may write over an operand that nobody reads again, if that has as many bytes.
@@ -151,8 +152,17 @@ class _Scheduler:
             self.cells[id(value)] = Cell(value)
         return self.cells[id(value)]
 
-    def origins(self, cell: Cell) -> dict[Buffer, int]:
-        """The buffers that computing this value reads, with the bytes of each."""
+    def origins(self, cell: Cell, asked: dict[int, dict] | None = None) -> dict[Buffer, int]:
+        """The buffers that computing this value reads, with the bytes of each.
+
+        `asked`: of cells that were asked on the way here, since paths to one may be many.
+        """
+        asked = {} if asked is None else asked
+        if id(cell) not in asked:
+            asked[id(cell)] = self._origins(cell, asked)
+        return asked[id(cell)]
+
+    def _origins(self, cell: Cell, asked: dict[int, dict]) -> dict[Buffer, int]:
         if cell.late is not None:
             self.emit(cell.late)
         if cell.buffer is not None:
@@ -161,7 +171,7 @@ class _Scheduler:
         own = cell.value.bytes
         most = own if cell.value.made in SLICES else math.inf
         for source in cell.sources:
-            for buffer, size in self.origins(source).items():
+            for buffer, size in self.origins(source, asked).items():
                 found[buffer] = max(found.get(buffer, 0), min(size, most))
         again, once = cell.readers * sum(found.values()), (cell.readers + 1) * own
         if (
@@ -262,6 +272,9 @@ class _Scheduler:
         elif op.name == "scan":
             self.loop(op)
             return
+        elif op.name == "dynamic_update_slice":
+            self.update(op)
+            return
         else:
             reads, of = {}, self.operand if op.name == "dot_general" else self.solid
             for value in op.ins:
@@ -287,6 +300,20 @@ class _Scheduler:
         )  # fmt: skip
         if self.compiler.late and not self.top and op.name in SUMS:
             self.always += [Buffer(value.bytes, value, "late") for value in op.ins]
+
+    def update(self, op: Op) -> None:
+        """Writes a part of an array, computed on the way, where the array lies."""
+        whole, part = op.ins[:2]
+        own = self.solid(whole)
+        reads = dict.fromkeys(own, 0) | self.origins(self.cell(part))
+        writes: list[Buffer] = []
+        if own and not self.top and not any(buffer.bytes for buffer in own):
+            self.cells[id(op.outs[0])] = self.cell(whole)  # what a loop carries
+        else:
+            writes = self.result(op)
+        self.kernels.append(
+            Kernel(op.name, reads, writes, part.bytes, in_place=len(writes), phase=op.phase)
+        )
 
     def dense(self, op: Op, flops: float) -> tuple[float, dict[Buffer, int]]:
         """(FLOPs, bytes read) of a product of experts' rows that is computed for every expert.
@@ -328,12 +355,15 @@ class _Scheduler:
                 reads |= self.stack_turned(value)
             else:
                 reads |= self.solid(value)
-        for value in state:
-            reads |= self.solid(value)
+        given = [self.solid(value) for value in state]
+        for own in given:
+            reads |= own
         inner = _Scheduler(body, self.compiler, carried=op.carried).run()
         writes = self.result(op, "stack")
-        for buffer in writes[: op.carried]:
+        for buffer, own in zip(writes, given, strict=False):
             buffer.kind = "carry"
+            if self.top and own and not any(b.bytes for b in own):
+                buffer.bytes = 0  # of the state, which the step was given for good
         self.kernels.append(
             Kernel(
                 "loop",

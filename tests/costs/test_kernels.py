@@ -65,6 +65,32 @@ def test_a_loop_keeps_its_stacks_to_its_end_and_its_body_counts_once():
     assert moment.bytes <= sum(stacks) + 6 * 64 * KIB
 
 
+def test_a_loop_writes_parts_of_what_it_carries_where_that_lies():
+    def pieces(x, g):
+        def step(i, x):
+            part = lax.dynamic_slice_in_dim(x, 16 * i, 16) - lax.dynamic_slice_in_dim(g, 16 * i, 16)
+            return lax.dynamic_update_slice_in_dim(x, part, 16 * i, 0)
+
+        return lax.fori_loop(0, 8, step, x)
+
+    assert highest(read(pieces, square(), square())).bytes < KIB  # in the state that it was given
+    made = highest(read(lambda x, g: pieces(x @ g, g), square(), square()))
+    assert 64 * KIB <= made.bytes < 65 * KIB
+    [loop] = kernels.schedule(read(pieces, square(), square()), PLAIN).kernels
+    [update] = [k for k in loop.inner[0].kernels if k.name == "dynamic_update_slice"]
+    assert sum(update.reads.values()) // KIB == 2 * 8 and update.written == 8 * KIB
+
+
+def test_of_a_value_with_many_ways_to_it_each_is_not_walked():
+    def mixed(x):
+        for _ in range(60):
+            x = jnp.sin(x) * x
+        return x
+
+    [kernel] = kernels.schedule(read(mixed, (8, 8)), PLAIN).kernels  # by 2^60 ways, never
+    assert sum(kernel.reads.values()) == kernel.written == 8 * 8 * 4
+
+
 def test_a_gpu_lays_a_stack_out_anew_that_is_gathered_along_an_inner_dim():
     def gathered(dim):
         def layer(x, w):

@@ -47,6 +47,7 @@ COMPILED = [  # peak bytes by XLA, ahead of time, jax 0.11.2: LOG.md
     pytest.param(llama("8B"), "h100x8", FULL, 27_378_000_000, marks=slow),
     pytest.param(llama("8B"), "h100x8", HYBRID, 20_290_000_000, marks=slow),
     pytest.param(llama("1B"), "h100x8", {}, 13_889_000_000, marks=slow),
+    pytest.param(llama("8B-80GB"), "h100x1", {}, 60_050_000_000, marks=slow),
     (llama("124M"), "v5e-8", {}, 13_786_986_496),
     pytest.param(llama("350M"), "v5p-8", {"data.batch": "32"}, 7_575_365_248, marks=slow),
 ]
@@ -101,6 +102,7 @@ def test_memory_and_time_are_what_gpus_were_seen_to_take(recipe, target, overrid
         (llama("1B"), "h100x8", {}),
         (llama("8B"), "h100x8", {}),
         (llama("8B"), "h100x8", {"mesh.fsdp": "2", "mesh.tensor": "4"}),
+        (llama("8B-80GB"), "h100x1", {}),
         (llama("124M"), "v5e-8", {}),
         (llama("350M"), "v5p-8", {"data.batch": "32"}),
     ],
