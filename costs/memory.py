@@ -1,4 +1,4 @@
-"""Bytes that a tree of arrays takes on each device."""
+"""Bytes that a tree of arrays, or a compiled program, takes on each device."""
 
 import math
 from typing import Any
@@ -19,6 +19,12 @@ def state_bytes(tree: Any) -> dict[str, int]:
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         total[name] = total.get(name, 0) + math.prod(shape) * leaf.dtype.itemsize
     return total
+
+
+def program_bytes(stats: Any) -> int:
+    """Bytes of a program by its memory_analysis(); donated arguments count once."""
+    results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes + stats.temp_size_in_bytes + results
 
 
 def human(count: float) -> str:

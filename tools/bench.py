@@ -30,11 +30,12 @@ from configs.run import Run, check
 from costs import devices, flops, fusion, rates, trace
 from costs.eager import Eager
 from costs.energy import Energy
-from costs.memory import human
+from costs.memory import human, program_bytes
 from sharding import mesh as meshes
 from sharding import runtime
 from tools import fusion as fusions
 from tools import ladder
+from tools.plan import sized
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_integer("steps", 20, "Timed", flag_values=FLAGS)
@@ -50,7 +51,6 @@ flags.DEFINE_boolean("rates", True, "Measure what the hardware keeps up too", fl
 flags.DEFINE_boolean("eager", False, "Run each operation by itself", flag_values=FLAGS)
 flags.DEFINE_boolean("donate", True, "Let the step take over its state's memory", flag_values=FLAGS)
 flags.DEFINE_boolean("packed", True, "No: one document a row, and padding", flag_values=FLAGS)
-VOCAB = 32_768  # where a recipe leaves it to the tokenizer
 
 
 def random_batch(run: Run, documents: int, packed: bool = True) -> dict[str, np.ndarray]:
@@ -141,11 +141,8 @@ def measure(run: Run, documents: int) -> tuple[dict[str, Any], trace.Trace | Non
         "losses": [round(float(loss), 6) for loss in losses],
     }
     if compiled:
-        memory, made = compiled.memory_analysis(), fusion.analyse(compiled.as_text())
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        figures["planned_bytes"] = (
-            memory.argument_size_in_bytes + memory.temp_size_in_bytes + results
-        )
+        made = fusion.analyse(compiled.as_text())
+        figures["planned_bytes"] = program_bytes(compiled.memory_analysis())
         figures |= {"kernels": made.launches, "moved_bytes": made.moved}
     else:
         figures["kernels"] = runs_by.count // len(losses)
@@ -228,9 +225,7 @@ def main(run: Run) -> int:
             raise ValueError(f"--documents={FLAGS.documents} must be 1 to {run.data.seq}")
         before = last_object(FLAGS.compare) if FLAGS.compare else None
         data = dataclasses.replace(run.data, documents=FLAGS.documents, across=FLAGS.documents == 1)
-        run = dataclasses.replace(
-            run, data=data, model=run.model if run.model.vocab else run.model.with_vocab(VOCAB)
-        )
+        run = dataclasses.replace(sized(run), data=data)
         check(run, jax.device_count())
     console = Console(width=120)
     with jax.set_mesh(meshes.make(run.mesh)):

@@ -26,8 +26,9 @@ from sharding import mesh as meshes
 from sharding import runtime
 from sharding.mesh import MeshConfig
 from sharding.schedule import PipelineConfig, ideal_bubble
-from tools.bench import VOCAB, random_batch
+from tools.bench import random_batch
 from tools.parity import table
+from tools.plan import sized
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list(
@@ -113,9 +114,8 @@ def main(run: Run) -> int:
     runtime.prepare()
     with command.user_input():
         how, micro, devices = schedules(), counts(), jax.devices()
-        model = run.model if run.model.vocab else run.model.with_vocab(VOCAB)
         data = dataclasses.replace(run.data, documents=1, across=True)
-        run = dataclasses.replace(run, model=model, data=data)
+        run = dataclasses.replace(sized(run), data=data)
         sizes = run.mesh.sizes(len(devices))
         stages = sizes["stage"]
         if stages == 1:

@@ -29,7 +29,7 @@ from costs.devices import DATASHEETS
 from costs.fusion import Fusion
 from costs.memory import human
 from sharding import runtime
-from tools.plan import tokens, tracer
+from tools.plan import sized, tracer
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string("diff", [], "FIELD=VALUE of a second configuration", flag_values=FLAGS)
@@ -104,8 +104,7 @@ def main(run: Run) -> int:
     with command.user_input():
         if FLAGS.places < 0:
             raise ValueError(f"--places={FLAGS.places} must be at least 0")
-        if not run.model.vocab:
-            run = dataclasses.replace(run, model=run.model.with_vocab(tokens(run.data.tokenizer)))
+        run = sized(run)
         runs = [run]
         if FLAGS.diff:
             pairs = [text.partition("=") for text in FLAGS.diff]

@@ -57,18 +57,21 @@ def wanted(run: Run, target: targets.Target) -> Run:
         run = dataclasses.replace(run, model=parity.model_named(run.model, FLAGS.family))
     if FLAGS.mesh:
         run = dataclasses.replace(run, mesh=parity.mesh_named(FLAGS.mesh, target.count, "--mesh"))
-    if not run.model.vocab:
-        run = dataclasses.replace(run, model=run.model.with_vocab(tokens(run.data.tokenizer)))
+    run = sized(run)
     check(run, target.count)
     return run
 
 
-def tokens(tokenizer: str) -> int:
-    """How many a tokenizer has; one to be trained, how many it is to have."""
-    kind, _, rest = tokenizer.partition(":")
+def sized(run: Run) -> Run:
+    """The run with as many tokens as its tokenizer has; one to be trained, as it is to have."""
+    if run.model.vocab:
+        return run
+    kind, _, rest = run.data.tokenizer.partition(":")
     if kind == "bpe":
-        return int(rest.partition(":")[0])
-    return tokenizers.load(tokenizer, lambda: iter(())).size
+        size = int(rest.partition(":")[0])
+    else:
+        size = tokenizers.load(run.data.tokenizer, lambda: iter(())).size
+    return dataclasses.replace(run, model=run.model.with_vocab(size))
 
 
 def tracer(platform: str) -> plans.Trace:

@@ -1,7 +1,6 @@
 """Tokenize sources once, into a folder of shards that trains like the text itself.
 
-python -m tools.prepare --sources=books.jsonl.zst --tokenizer=bpe:32768 --target=books
-python train.py --config.data.sources=books --config.data.tokenizer=books
+A run takes that folder as both: train.py --config.data.sources=books --config.data.tokenizer=books
 """
 
 import sys
@@ -11,6 +10,7 @@ from absl import flags
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from configs import command
 from data import shards
 from data.config import DataConfig
 from data.sources import open_sources
@@ -21,7 +21,7 @@ DEFAULT = DataConfig()
 FLAGS = flags.FlagValues()
 flags.DEFINE_list("sources", list(DEFAULT.sources), "What to read", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", DEFAULT.tokenizer, "As data.tokenizer", flag_values=FLAGS)
-flags.DEFINE_string("target", None, "The folder to write", flag_values=FLAGS)
+flags.DEFINE_string("target", None, "The folder to write", flag_values=FLAGS, required=True)
 flags.DEFINE_string("field", DEFAULT.field, "Of JSONL and Parquet rows", flag_values=FLAGS)
 flags.DEFINE_float("held_out", DEFAULT.held_out, "Share kept for evaluation", flag_values=FLAGS)
 flags.DEFINE_float("bad_rows", DEFAULT.bad_rows, "Share that may be unusable", flag_values=FLAGS)
@@ -43,14 +43,8 @@ def prepare(config: DataConfig, target: Path, console: Console) -> dict:
 
 
 def main() -> None:
-    if "--help" in sys.argv:
-        print(__doc__ + FLAGS.module_help(sys.modules[__name__]))
-        return
-    try:
-        if rest := FLAGS(sys.argv)[1:]:
-            raise ValueError(f"{rest[0]!r} is no flag; see --help")
-        if not FLAGS.target:
-            raise ValueError("--target=DIR is needed: the folder to write")
+    """Write the folder, and say what is in it."""
+    with command.user_input():
         config = DataConfig(
             sources=tuple(FLAGS.sources),
             tokenizer=FLAGS.tokenizer,
@@ -60,9 +54,6 @@ def main() -> None:
             bad_rows=FLAGS.bad_rows,
         )
         done = prepare(config, Path(FLAGS.target).expanduser(), Console())
-    except (flags.Error, ValueError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        sys.exit(2)
     print(
         f"{FLAGS.target}: {done['documents']:,} documents, {done['tokens']:,} tokens of "
         f"{done['bytes'] / max(done['tokens'], 1):.2f} bytes, {done['held_out_documents']:,} "
@@ -71,4 +62,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(
+        command.status(
+            main,
+            sys.argv[1:],
+            examples=("--sources=books.jsonl.zst --tokenizer=bpe:32768 --target=books",),
+            values=FLAGS,
+        )
+    )

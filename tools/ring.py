@@ -1,8 +1,5 @@
 """Time attention over a row split along `context` against the rate of one device alone.
 
-python -m tools.ring --context=4 --tokens=131072                       # on 4 devices of one host
-python -m tools.ring --platform=cpu --context=2 --tokens=512 --heads=4 --kv_heads=2 --head_dim=16
-
 Forward and backward pass of one layer's attention: of the whole row on one device; of the ring; of
 a ring in which nobody talks, each device working on its own keys over and over; of the talk alone.
 The efficiency is the rate of a device of the ring over that of the one. Hidden is that share of the
@@ -23,6 +20,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax import lax
 
+from configs import command
 from model.kernels import blocks
 from sharding import mesh as meshes
 from sharding.context import Block, Ring, ring_attention
@@ -129,9 +127,9 @@ def talk(q, k, v, segments, do) -> Any:
     return jax.shard_map(local, out_specs=(split,) * 4)(k, v, segments)
 
 
-def report() -> str:
-    """The table."""
-    found, ways = devices(), FLAGS.context
+def report(found: list[jax.Device]) -> str:
+    """The table of these devices."""
+    ways = FLAGS.context
     module, scale = BLOCKS[FLAGS.block], FLAGS.head_dim**-0.5
     block = Block(*(functools.partial(f, scale=scale) for f in (module.forward, module.backward)))
     with jax.set_mesh(meshes.make(MeshConfig(data=1), found[:1])):
@@ -163,17 +161,21 @@ def report() -> str:
 
 
 def main() -> None:
-    if "--help" in sys.argv:
-        print(__doc__ + FLAGS.module_help(sys.modules[__name__]))
-        return
-    try:
-        if rest := FLAGS(sys.argv)[1:]:
-            raise ValueError(f"{rest[0]!r} is no flag; see --help")
-        print(report())
-    except (flags.Error, ValueError) as error:
-        print(f"ring: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Time, and print."""
+    with command.user_input():
+        found = devices()
+    print(report(found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(
+        command.status(
+            main,
+            sys.argv[1:],
+            examples=(
+                "--context=4 --tokens=131072",
+                "--platform=cpu --context=2 --tokens=512 --heads=4 --kv_heads=2 --head_dim=16",
+            ),
+            values=FLAGS,
+        )
+    )

@@ -13,7 +13,7 @@ from configs.run import Run, check_split
 from costs import flops, kernels, peak, program, roofline, targets
 from costs.collectives import collectives, totals
 from costs.devices import Datasheet
-from costs.memory import state_bytes
+from costs.memory import program_bytes, state_bytes
 from costs.targets import Target
 
 CPU_BANDWIDTH = 12e9  # bytes/s, of two cores: LOG.md
@@ -119,12 +119,10 @@ def compile_for(plan: Plan, trace: Trace) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(plan, compiled={"error": str(error)})
     stats = compiled.memory_analysis()
-    arguments = stats.argument_size_in_bytes
-    extra = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = arguments + extra + stats.temp_size_in_bytes
+    total = program_bytes(stats)
     peaked = getattr(stats, "peak_memory_in_bytes", 0)
     found = {
-        "arguments": arguments,
+        "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         # The most that is alive at once, where the compiler says it: that decides whether a step
         # fits. The sum is what a GPU takes as well; of TPUs it counts memory twice (LOG.md).

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from costs.memory import human, state_bytes
+from costs.memory import human, program_bytes, state_bytes
 
 MESH = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Explicit,) * 2)
 
@@ -54,3 +54,11 @@ def test_random_keys_and_bare_arrays_count():
 )
 def test_bytes_are_written_in_three_digits(count, text):
     assert human(count) == text
+
+
+def test_a_program_that_takes_over_its_argument_counts_it_once():
+    def taken(**donated):
+        step = jax.jit(lambda x: x + 1, **donated).lower(jnp.zeros(1024)).compile()
+        return program_bytes(step.memory_analysis())
+
+    assert taken() == 2 * 4096 and taken(donate_argnums=0) == 4096

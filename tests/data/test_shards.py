@@ -1,5 +1,4 @@
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from data.held_out import held_out_batches
 from data.loader import Loader
 from data.packing import ARRAYS
 from data.sources import open_sources
+from tests.commands import status
 from text import tokenizer
 from text.tokenizer import Bytes, train_bpe
 from tools import prepare
@@ -111,44 +111,32 @@ def test_a_damaged_folder_is_named(damage, corpus, tmp_path):
         open_sources(config(folder))
 
 
-def run_prepare(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
-    prepare.FLAGS.unparse_flags()
-    for name in prepare.FLAGS:
-        prepare.FLAGS[name].unparse()
-    try:
-        prepare.main()
-    except SystemExit as leaving:
-        return leaving.code
-    return 0
-
-
-def test_the_command_writes_a_folder_and_says_what_is_in_it(corpus, tmp_path, monkeypatch, capsys):
+def test_the_command_writes_a_folder_and_says_what_is_in_it(corpus, tmp_path, capsys):
     target = tmp_path / "shards"
     arguments = (f"--sources={corpus}", "--tokenizer=bpe:300", f"--target={target}")
-    assert run_prepare(monkeypatch, *arguments) == 0
+    assert status(prepare, *arguments) == 0
     assert "40 documents" in capsys.readouterr().out
     manifest = json.loads((target / "manifest.json").read_text())
     assert manifest["documents"] == 40 and manifest["sources"] == [str(corpus)]
-    assert run_prepare(monkeypatch, *arguments) == 2
+    assert status(prepare, *arguments) == 2
     assert "already holds shards" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sources=stdlib"], "--target=DIR is needed"),
+        (["--sources=stdlib"], "--target=VALUE is required: The folder to write"),
         (["--sources=nowhere", "--target=out"], "'nowhere' does not exist"),
-        (["--tokens=5", "--target=out"], "Unknown command line flag"),
+        (["--tokens=5", "--target=out"], "no flag --tokens, did you mean"),
         (["--held_out=2", "--target=out"], "held_out=2.0"),
         (["--tokenizer=words", "--target=out"], "tokenizer='words'"),
-        (["out"], "'out' is no flag"),
+        (["out"], "'out' stands without a flag"),
     ],
 )
 def test_the_command_leaves_with_2_and_one_message(
     arguments, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert run_prepare(monkeypatch, *arguments) == 2
+    assert status(prepare, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) <= 2

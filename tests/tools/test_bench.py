@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from configs import command
 from configs.run import Run
 from data.config import DataConfig
 from model.config import ModelConfig
+from tests.commands import status
 from tools import bench
 
 TINY = (
@@ -19,10 +19,7 @@ TINY = (
 
 
 def call(*args):
-    bench.FLAGS.unparse_flags()
-    for name in bench.FLAGS:
-        bench.FLAGS[name].unparse()
-    return command.status(bench.main, args, recipe="configs/quickstart.py", values=bench.FLAGS)
+    return status(bench, *args, recipe="configs/quickstart.py")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from configs import command
+from tests.commands import status
 from tools import bubble
 
 TINY = (
@@ -16,10 +16,7 @@ SPLIT = "--config.mesh.stage=2"
 
 
 def call(*args):
-    bubble.FLAGS.unparse_flags()
-    for name in bubble.FLAGS:
-        bubble.FLAGS[name].unparse()
-    return command.status(bubble.main, args, recipe="configs/quickstart.py", values=bubble.FLAGS)
+    return status(bubble, *args, recipe="configs/quickstart.py")
 
 
 @pytest.mark.parametrize("repeats", [1, 2])

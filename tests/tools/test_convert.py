@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import command
 from tests.checkpoint import folders
+from tests.commands import status
 from tools import convert as tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,10 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*args):
     """The exit code of the command, in this process."""
-    tool.FLAGS.unparse_flags()
-    for name in tool.FLAGS:
-        tool.FLAGS[name].unparse()
-    return command.status(tool.main, [str(arg) for arg in args], values=tool.FLAGS)
+    return status(tool, *args)
 
 
 def test_the_receipt_is_printed_and_saved(tmp_path, capsys):

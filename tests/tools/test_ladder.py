@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from configs import command
 from configs.load import load, save
+from tests.commands import status
 from tools import ladder
 
 TINY = {
@@ -94,8 +94,7 @@ def test_rungs_run_and_agree_on_the_loss(run, tmp_path):
     ],
 )
 def test_a_wrong_flag_says_what_is_right(flag, message, capsys):
-    ladder.FLAGS.unparse_flags()
-    for name in ladder.FLAGS:
-        ladder.FLAGS[name].unparse()
-    code = command.status(ladder.main, [flag], "configs/quickstart.py", values=ladder.FLAGS)
-    assert code == 2 and message in capsys.readouterr().err
+    assert (
+        status(ladder, flag, recipe="configs/quickstart.py") == 2
+        and message in capsys.readouterr().err
+    )

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from configs import command
 from configs.load import ROOT, load
 from costs import targets
 from model.config import Arch, Attention, Embeddings, Head, ModelConfig, Moe, Norm
@@ -19,6 +18,7 @@ from model.moe import MoeMlp
 from sharding.gather import axes_of, gather
 from sharding.layout import AXES, BUILT, Layout
 from sharding.mesh import MeshConfig
+from tests.commands import status
 from tools import parity as tool
 from training import moments, shrunk
 
@@ -27,10 +27,7 @@ HYBRID = "data=2,fsdp=2,tensor=2"
 
 def run(*args):
     """The exit code of the command, in this process."""
-    tool.FLAGS.unparse_flags()
-    for name in tool.FLAGS:
-        tool.FLAGS[name].unparse()
-    return command.status(tool.main, args, recipe="configs/quickstart.py", values=tool.FLAGS)
+    return status(tool, *args, recipe="configs/quickstart.py")
 
 
 def forgetful(weight, rows):

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from configs import command
 from configs.load import load
 from costs import targets
+from tests.commands import status
 from tools import parity
 from tools import plan as tool
 from training import plans
@@ -18,11 +18,8 @@ GIB = 2**30
 
 def run(*args):
     """The exit code of the command, in this process."""
-    tool.FLAGS.unparse_flags()
-    for name in tool.FLAGS:
-        tool.FLAGS[name].unparse()
     args = ("--nocompile", *args) if args else args
-    return command.status(tool.main, args, recipe="configs/quickstart.py", values=tool.FLAGS)
+    return status(tool, *args, recipe="configs/quickstart.py")
 
 
 def counted(recipe, target, overrides=None):

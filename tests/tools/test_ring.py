@@ -1,31 +1,18 @@
 """`python -m tools.ring` times what it says and refuses what it cannot split."""
 
 import re
-import sys
 
 import pytest
 
+from tests.commands import status
 from tools import ring
 
 TINY = ("--tokens=64", "--heads=2", "--kv_heads=1", "--head_dim=4", "--repeats=1")
 
 
-def run(monkeypatch, *args):
-    """The exit code of the command, in this process."""
-    ring.FLAGS.unparse_flags()
-    for name in ring.FLAGS:
-        ring.FLAGS[name].unparse()
-    monkeypatch.setattr(sys, "argv", ["ring", *args])
-    try:
-        ring.main()
-    except SystemExit as end:
-        return end.code
-    return 0
-
-
 @pytest.mark.slow
-def test_it_tells_the_rates_of_one_device_and_of_the_ring(monkeypatch, capsys):
-    assert run(monkeypatch, "--context=2", *TINY) == 0
+def test_it_tells_the_rates_of_one_device_and_of_the_ring(capsys):
+    assert status(ring, "--context=2", *TINY) == 0
     out = capsys.readouterr().out
     assert "2 x cpu: 1 x 64 tokens, 2 heads over 1 of 4, bfloat16, blocks: plain" in out
     assert re.findall(r"(?m)^\| (one device|ring of 2|its work alone|its talk alone) ", out)[3:]
@@ -38,11 +25,11 @@ def test_it_tells_the_rates_of_one_device_and_of_the_ring(monkeypatch, capsys):
         (("--context=3", "--tokens=64"), "--tokens=64 is no multiple of 2 x --context=3"),
         (("--context=16", "--tokens=64"), "--context=16 is more than the 8 devices here"),
         (("--heads=3", "--kv_heads=2"), "--heads=3 is no multiple of --kv_heads=2"),
-        (("--heads=0",), "heads"),
-        (("--block=fast",), "block"),
-        (("what",), "'what' is no flag"),
+        (("--heads=0",), "--heads=0 must be a positive integer"),
+        (("--block=fast",), "--block=fast must be one of plain"),
+        (("what",), "'what' stands without a flag"),
     ],
 )
-def test_what_a_user_mends_is_exit_code_2_and_one_message(monkeypatch, capsys, args, message):
-    assert run(monkeypatch, *args) == 2
+def test_what_a_user_mends_is_exit_code_2_and_one_message(capsys, args, message):
+    assert status(ring, *args) == 2
     assert message in capsys.readouterr().err
