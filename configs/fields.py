@@ -1,6 +1,7 @@
 """The fields of nested, frozen config dataclasses: addressed by path, as text and as JSON.
 
-"model.arch.norm.eps" is the path of a field. A field that is a dataclass itself is a group.
+"model.arch.norm.eps" is the path of a field. A field that is a dataclass itself is a group; one
+with a class method `by_name` can be set as a whole, to the group that has a name: its `name`.
 Every error is a ValueError that begins with the path.
 """
 
@@ -45,6 +46,18 @@ def leaves(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield join(path, name), kind, value
 
 
+def spelled(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, text) of every plain field, depth first; a group that has a name counts as one."""
+    for name, kind in kinds(type(config)).items():
+        value, where = getattr(config, name), join(path, name)
+        if hasattr(kind, "by_name") and value.name:
+            yield where, value.name
+        elif dataclasses.is_dataclass(value):
+            yield from spelled(value, where)
+        else:
+            yield where, spell(value)
+
+
 def paths(cls: type, path: str = "") -> Iterator[str]:
     """The path of every plain field below a config class."""
     for name, kind in kinds(cls).items():
@@ -66,10 +79,24 @@ def nearest(cls: type, path: str) -> str | None:
 
 
 def override(config: Any, texts: Mapping[str, str]) -> Any:
-    """`config` with the fields at these paths set from text, checked in their final combination."""
+    """`config` with the fields at these paths set from text, checked in their final combination.
+
+    Groups are set by name before any field in them is.
+    """
+    kinds_at = {path: _find(type(config), path) for path in texts}
+    by_name = {path: kind.by_name for path, kind in kinds_at.items() if hasattr(kind, "by_name")}
+    for path in sorted(by_name, key=lambda path: path.count(".")):
+        try:
+            value = by_name[path](texts[path])
+        except ValueError as error:
+            raise ValueError(f"{path}={shown(texts[path])} {error}") from None
+        nested = functools.reduce(lambda tree, name: {name: tree}, path.split(".")[::-1], value)
+        config = _replaced(type(config), config, nested, "")
     tree: dict[str, Any] = {}
     for path, text in texts.items():
-        kind = _find(type(config), path)
+        if path in by_name:
+            continue
+        kind = kinds_at[path]
         *groups, name = path.split(".")
         node = tree
         for step in groups:
@@ -218,7 +245,7 @@ def _find(root: type, path: str) -> Any:
         if step not in kinds(inner):
             raise _unknown(done, inner, path, nearest(root, path))
         done, kind = join(done, step), kinds(inner)[step]
-    if group(kind) and type(None) not in _choices(kind):
+    if group(kind) and type(None) not in _choices(kind) and not hasattr(kind, "by_name"):
         inside = ", ".join(join(path, name) for name in kinds(group(kind)))
         raise ValueError(f"{path} is a group of fields, not a field; set one of {inside}")
     return kind

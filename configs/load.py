@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import fields
-from configs.run import Run, from_json, to_json
+from configs.run import SHORT, Run, from_json, to_json
 
 ROOT = Path(__file__).parent.parent
 _JSON_BYTES = 1 << 20  # a saved Run has about 2,000
@@ -38,7 +38,7 @@ def load(source: str, overrides: Mapping[str, str] | None = None) -> Run:
     file = _find(path)
     run = _recipe(file, path, arg) if file.suffix == ".py" else _saved(file, path)
     run = replace(run, name=run.name or file.stem)
-    return fields.override(run, overrides or {})
+    return fields.override(run, _in_full(overrides or {}))
 
 
 def save(run: Run, path: str | os.PathLike) -> None:
@@ -46,6 +46,21 @@ def save(run: Run, path: str | os.PathLike) -> None:
     part = Path(f"{os.fspath(path)}.part")
     part.write_text(json.dumps(to_json(run), indent=2) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def _in_full(overrides: Mapping[str, str]) -> dict[str, str]:
+    """Overrides by the paths of fields, none of them short."""
+    found: dict[str, str] = {}
+    for path, text in overrides.items():
+        head, dot, tail = path.partition(".")
+        close = [] if head in fields.kinds(Run) else difflib.get_close_matches(head, SHORT, 1)
+        if close and head not in SHORT:
+            raise ValueError(f"no field {fields.brief(path)}, did you mean {close[0]}{dot}{tail}?")
+        full = SHORT.get(head, head) + dot + tail
+        if full in found:
+            raise ValueError(f"{path} is short for {full}, which is given too")
+        found[full] = text
+    return found
 
 
 def _find(path: str) -> Path:

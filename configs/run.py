@@ -17,6 +17,7 @@ MAY_CHANGE = ("name", "steps", "mesh", "layout", "pipeline", "log", "eval", "che
 MAY_CHANGE += ("deterministic", "sample")
 MAY_CHANGE += ("optim.accumulate",)  # each mesh has its own best number of micro-batches
 WINDOW = 128  # losses that a state remembers
+SHORT = {"precision": "model.precision"}  # what a command line may call a group instead
 
 
 @dataclass(frozen=True)
@@ -268,13 +269,12 @@ def differences(before: Run, now: Run) -> list[str]:
 
 def describe(run: Run) -> str:
     """One line per group: all of its own fields, and of nested groups what is not the default."""
-    default = {path: value for path, _, value in fields.leaves(Run())}
+    default = dict(fields.spelled(Run()))
     lines: dict[str, list[str]] = {}
-    for path, _, value in fields.leaves(run):
+    for path, text in fields.spelled(run):
         group, _, name = path.partition(".")
         group, name = (group, name) if name else ("run", path)
-        if "." not in name or value != default.get(path):
-            text = fields.spell(value)
+        if "." not in name or text != default.get(path):
             text = text if text.isprintable() and " " not in text else json.dumps(text)
             lines.setdefault(group, []).append(f"{name}={text}")
     return "\n".join(f"{group:<10} {' '.join(words)}" for group, words in lines.items())

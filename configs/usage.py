@@ -58,9 +58,9 @@ def _entry(flag: flags.Flag) -> tuple[str, str]:
 def _field_lines() -> list[str]:
     """Every field of a Run with its default, one paragraph per group."""
     groups: dict[str, list[str]] = {}
-    for path, _, value in fields.leaves(Run()):
+    for path, text in fields.spelled(Run()):
         group, _, name = path.rpartition(".")
-        groups.setdefault(group, []).append(f"{name}={fields.spell(value)}")
+        groups.setdefault(group, []).append(f"{name}={text}")
     width = max(map(len, groups)) + 2
     return [
         _wrapped(group or "(no group)", " ".join(words), width) for group, words in groups.items()

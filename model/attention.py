@@ -50,7 +50,13 @@ class SelfAttention(nnx.Module):
         sizes = {"D": cfg.embed, "K": cfg.kv_heads, "J": groups + 2, "G": groups, "H": cfg.head_dim}
         axes = {"D": "embed", "K": "heads"}
         linear = functools.partial(
-            Linear, sizes=sizes, axes=axes, layout=layout, rngs=rngs, dtype=cfg.param_dtype
+            Linear,
+            sizes=sizes,
+            axes=axes,
+            layout=layout,
+            rngs=rngs,
+            dtype=cfg.param_dtype,
+            passes=cfg.precision.attention,
         )
         self.qkv = linear("BTD,KJHD->BTKJH", bias=attention.qkv_bias, batch="KJ")
         self.out = linear("BTKGH,DKGH->BTD", bias=attention.out_bias, std=cfg.residual_std)

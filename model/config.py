@@ -5,7 +5,9 @@ Values only: no mesh, no device, no array. Each class checks itself when it is m
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from model.precision import Precision
 
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("fastest", "plain")
@@ -246,6 +248,7 @@ class ModelConfig:
     remat: str = "none"
     unroll: int = 1  # layers per iteration of the scan
     kernels: str = "fastest"  # that apply here; "plain": those that apply anywhere, to compare with
+    precision: Precision = field(default_factory=Precision)  # of the operands of matmuls
     arch: Arch = Arch()
 
     def __post_init__(self):

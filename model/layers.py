@@ -15,6 +15,7 @@ from jax import lax
 
 from model import config
 from model.matmul import einsum, einsums
+from model.precision import BF16, Passes
 from sharding import stages
 from sharding.gather import axes_of, without
 from sharding.layout import Layout
@@ -50,7 +51,8 @@ class Linear(nnx.Module):
     """`einsum(spec, x, weight) + bias`. The weight's contracted dims come last.
 
     `spec` names the dims ("BTD,FD->BTF"), `sizes` and `axes` give each of the weight's letters its
-    size and its logical axis, `batch` the letters that number separate matrices (gate and up).
+    size and its logical axis, `batch` the letters that number separate matrices (gate and up),
+    `passes` what its matmuls round to.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Linear(nnx.Module):
         std: float = 1.0,  # of the outputs, for inputs of unit variance
         bias: bool = False,
         batch: str = "",
+        passes: Passes = BF16,
     ):
         x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
         inputs = [letter for letter in w_dims if letter in x_dims]
@@ -79,12 +82,13 @@ class Linear(nnx.Module):
         self.features = layout.spec(*features)
         zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=self.features)
         self.bias = nnx.Param(zeros) if bias else None
-        self.spec = spec
+        self.spec, self.passes = spec, passes
 
     def __call__(self, x: jax.Array, *, out: jax.P | None = None) -> jax.Array:
         """The result lives where `out` says, or else where x does, but for its features: if one
         axis splits x's tokens and these, the tokens are gathered."""
-        y = einsum(self.spec, x, self.weight[...], out=self.home(x) if out is None else out)
+        out = self.home(x) if out is None else out
+        y = einsum(self.spec, x, self.weight[...], out=out, passes=self.passes)
         return y if self.bias is None else y + aligned(self.bias[...].astype(y.dtype), y)
 
     def home(self, x: jax.Array) -> jax.P:
@@ -105,7 +109,8 @@ class Linear(nnx.Module):
         dim = int(stages.in_flight(x))  # where the weight leads with the stages, that is next
         own = functools.partial(lax.index_in_dim, axis=dim, keepdims=False)
         numbers = range(self.weight[...].shape[dim])
-        ys = einsums(spec, x, [own(self.weight[...], i) for i in numbers], out=out)
+        ws = [own(self.weight[...], i) for i in numbers]
+        ys = einsums(spec, x, ws, out=out, passes=self.passes)
         if self.bias is None:
             return ys
         return [y + aligned(own(self.bias[...], i).astype(y.dtype), y) for i, y in enumerate(ys)]

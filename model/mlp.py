@@ -35,6 +35,7 @@ class GatedMlp(nnx.Module):
             rngs=rngs,
             dtype=cfg.param_dtype,
             bias=cfg.arch.mlp_bias,
+            passes=cfg.precision.mlp,
         )
         self.gate_up = linear("BTD,CFD->BTCF", batch="C")
         self.down = linear("BTF,DF->BTD", std=cfg.residual_std)
@@ -63,6 +64,7 @@ class PlainMlp(nnx.Module):
             rngs=rngs,
             dtype=cfg.param_dtype,
             bias=cfg.arch.mlp_bias,
+            passes=cfg.precision.mlp,
         )
         self.up = linear("BTD,FD->BTF")
         self.down = linear("BTF,DF->BTD", std=cfg.residual_std)

@@ -48,15 +48,36 @@ def gather(weight: Any, rows: Axes) -> Any:
 
         def local(w: jax.Array) -> jax.Array:
             w = lax.pcast(w, copies, to="reduced") if copies else w
-            for i, dim in enumerate(spec):
-                axes = tuple(axis for axis in axes_of(dim) if axis in rows)
-                if axes:
-                    w = jnp.moveaxis(w, i, 0)
-                    w = lax.all_gather(w, axes, axis=0, tiled=True, to="reduced")
-                    w = jnp.moveaxis(w, 0, i)
-            return w
+            return gathered(w, spec, rows, to="reduced")
 
         whole = jax.P(*(without(dim, rows) for dim in spec), reduced=set(rows))
         return jax.shard_map(local, in_specs=spec, out_specs=whole)(w)
 
     return jax.tree.map(gather_array, weight)
+
+
+def gathered(w: jax.Array, spec: jax.P, rows: Axes, to: str = "varying") -> jax.Array:
+    """A device's part of a weight that lies as `spec` says, whole along `rows`; in a shard_map."""
+    for i, dim in enumerate(spec):
+        axes = tuple(axis for axis in axes_of(dim) if axis in rows)
+        if axes:
+            w = jnp.moveaxis(w, i, 0)
+            w = lax.all_gather(w, axes, axis=0, tiled=True, to=to)
+            w = jnp.moveaxis(w, 0, i)
+    return w
+
+
+def scattered(dw: jax.Array, spec: jax.P, rows: Axes) -> jax.Array:
+    """The sum over `rows` of a gradient, of which each device gets the part that `spec` gives it.
+
+    In a shard_map; the transpose of `gather`.
+    """
+    split = [axis for dim in spec for axis in axes_of(dim)]
+    for i, dim in enumerate(spec):
+        axes = tuple(axis for axis in axes_of(dim) if axis in rows)
+        if axes:
+            dw = jnp.moveaxis(dw, i, 0)
+            dw = lax.psum_scatter(dw, axes, scatter_dimension=0, tiled=True)
+            dw = jnp.moveaxis(dw, 0, i)
+    copies = tuple(axis for axis in rows if axis not in split)
+    return lax.psum(dw, copies) if copies else dw

@@ -6,62 +6,56 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from model.matmul import quantized
+from model.matmul.plan import Plan
+from model.precision import BF16, Passes
 from sharding import sequence, stages
 from sharding.gather import axes_of, gather
 
 FEW = 16  # rows below which the weight is the left operand: on CPU up to twice as fast
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, *, out: jax.P) -> jax.Array:
+def einsum(
+    spec: str, x: jax.Array, w: jax.Array, *, out: jax.P, passes: Passes = BF16
+) -> jax.Array:
     """`jnp.einsum(spec, x, w)` in x's dtype, for a weight that lies split on the mesh.
 
     `w` is cast to x's dtype, then gathered over the mesh axes that split x's rows (the dims of x
     that `w` does not have), so the gather moves compute precision. Where a contracted dim is split
     over devices, their sum crosses them. `out` says where the result lives: where it wants rows
     together that x has apart, they are gathered first; where apart, their sums are scattered.
+    `passes` says to what the operands are rounded (`quantized`).
 
     For rows in flight `w` leads with the stages: each stage's rows meet its own.
     """
-    return einsums(spec, x, [w], out=out)[0]
+    return einsums(spec, x, [w], out=out, passes=passes)[0]
 
 
-def einsums(spec: str, x: jax.Array, ws: Sequence[jax.Array], *, out: jax.P) -> list[jax.Array]:
+def einsums(
+    spec: str, x: jax.Array, ws: Sequence[jax.Array], *, out: jax.P, passes: Passes = BF16
+) -> list[jax.Array]:
     """`einsum` for each of some weights that lie alike; x is gathered once."""
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
     if ws[0].ndim > len(w_dims):
         spec, out = f"s{x_dims},s{w_dims}->s{y_dims}", stages.apart_spec(out)
-        return [stages.together(y) for y in einsums(spec, stages.apart(x), ws, out=out)]
-    x_sharding = jax.typeof(x).sharding
+        ys = einsums(spec, stages.apart(x), ws, out=out, passes=passes)
+        return [stages.together(y) for y in ys]
+    x_sharding, w_spec = jax.typeof(x).sharding, jax.typeof(ws[0]).sharding.spec
+    if passes.quantized:
+        plan = Plan.make(spec, x_sharding.spec, w_spec, out)
+        return quantized.einsums(spec, placed(x, plan.x), ws, plan, passes)
     ws = [w.astype(x.dtype) for w in ws]
     if x_sharding.mesh.size == 1:
         inputs = sum(letter in x_dims for letter in w_dims)
         assert y_dims == x_dims[: x.ndim - inputs] + w_dims[: ws[0].ndim - inputs], spec
         x, *ws = (jax.reshard(a, jax.P()) for a in (x, *ws))  # reshapes may then join any dims
         return [jax.reshard(product(x, w, inputs), out) for w in ws]
-    lies = {letter: axes_of(dim) for letter, dim in zip(x_dims, x_sharding.spec, strict=True)}
-    wanted = {letter: axes_of(dim) for letter, dim in zip(y_dims, out, strict=True)}
-    features = {axis for dim in jax.typeof(ws[0]).sharding.spec for axis in axes_of(dim)}
-    rows = [letter for letter in x_dims if letter not in w_dims]
-    sums = {axis for letter in x_dims if letter not in y_dims for axis in lies[letter]}
-    for letter in rows:  # as `out` wants them, as far as that is not for the weight to bring about
-        own = tuple(axis for axis in lies[letter] if axis in wanted[letter] or axis in features)
-        more = (axis for axis in wanted[letter] if axis not in lies[letter] and axis not in sums)
-        lies[letter] = (*own, *more)
-    x = placed(x, jax.P(*(lies[letter] or None for letter in x_dims)))
-    scatters = {}
-    for letter in rows:
-        together = tuple(axis for axis in lies[letter] if axis not in wanted[letter])
-        apart = tuple(axis for axis in wanted[letter] if axis not in lies[letter])
-        lies[letter] = tuple(axis for axis in lies[letter] if axis in wanted[letter])
-        x = sequence.whole(x, x_dims.index(letter), together) if together else x
-        scatters |= {y_dims.index(letter): apart} if apart else {}
-    if scatters:
-        parts = (lies[letter] if letter in rows else wanted[letter] for letter in y_dims)
-        unreduced = {axis for axes in scatters.values() for axis in axes}
-        out = jax.P(*(part or None for part in parts), unreduced=unreduced)
-    split = tuple(axis for letter in rows for axis in lies[letter])
-    ys = [jnp.einsum(spec, x, gather(w, split), out_sharding=out) for w in ws]
-    for dim, axes in scatters.items():
+    plan = Plan.make(spec, x_sharding.spec, w_spec, out)
+    x = placed(x, plan.x)
+    for dim, axes in plan.gathers:
+        x = sequence.whole(x, dim, axes)
+    ys = [jnp.einsum(spec, x, gather(w, plan.rows), out_sharding=plan.y) for w in ws]
+    for dim, axes in plan.scatters:
         ys = [sequence.scattered(y, dim, axes) for y in ys]
     return ys
 

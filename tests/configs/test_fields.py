@@ -10,6 +10,7 @@ from configs import fields
 from configs.run import Run, from_json, to_json
 from data.config import DataConfig
 from model.config import DTYPES, KERNELS, MLPS, NORMS, REMATS
+from model.precision import FORMATS
 from optim.config import OPTIMIZERS, SCHEDULES
 from sharding import schedule
 from sharding.layout import MeshAxis
@@ -23,7 +24,17 @@ NEEDS = {
     "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")
-TEXTS += (*DTYPES, *KERNELS, *MLPS, *NORMS, *REMATS, *OPTIMIZERS, *SCHEDULES, *schedule.SCHEDULES)
+TEXTS += (
+    *DTYPES,
+    *FORMATS,
+    *KERNELS,
+    *MLPS,
+    *NORMS,
+    *REMATS,
+    *OPTIMIZERS,
+    *SCHEDULES,
+    *schedule.SCHEDULES,
+)
 
 
 def get(config, path):

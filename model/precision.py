@@ -1,0 +1,97 @@
+"""Precision: to what numbers the operands of a matmul are rounded, by kind of layer and by pass.
+
+Parameters, the activations between matmuls, sums and gradients stay what they are. docs/int8.md
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+GRADIENTS = ("bf16", "int8")  # of dgrad and wgrad
+FORMATS = (*GRADIENTS,)
+GROUPS = (16, 1 << 16)
+
+
+class Format(NamedTuple):
+    """The numbers of both operands of a matmul."""
+
+    kind: str  # "bf16": the compute dtype, whatever it is; "int8": -127 to 127, times a scale
+    group: int = 0  # neighbours along the contracted dim that share a scale; 0: all of them
+
+    @classmethod
+    def parse(cls, text: str) -> "Format":
+        """`int8`, or in groups `int8g128`."""
+        kind, _, group = text.partition("g")
+        return cls(kind, int(group or 0))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The formats of the matmuls of one kind of layer, y = x w'."""
+
+    forward: str = "bf16"  # of x and w
+    dgrad: str = "bf16"  # dx = dy w: of dy and w
+    wgrad: str = "bf16"  # dw = dy' x: of dy and x, whose contracted dim are the tokens
+
+    def __post_init__(self):
+        for name, known in (("forward", FORMATS), ("dgrad", GRADIENTS), ("wgrad", GRADIENTS)):
+            text = getattr(self, name)
+            grouped = re.fullmatch(r"(.*[0-9])g([0-9]{1,6})", text)
+            if grouped and grouped[1] in known and grouped[1] != "bf16":
+                if not GROUPS[0] <= int(grouped[2]) <= GROUPS[1]:
+                    least, most = GROUPS
+                    raise ValueError(f"{name}={text!r} must have groups of {least} to {most}")
+            elif text not in known:
+                raise ValueError(f"{name}={text!r} {unknown(text, known)}")
+
+    @classmethod
+    def by_name(cls, name: str) -> "Passes":
+        """What a preset does in hidden layers."""
+        return Precision.by_name(name).mlp
+
+    @property
+    def name(self) -> str:
+        """Of the preset that does this in hidden layers; empty: of none."""
+        return next((name for name, every in PRESETS.items() if every.mlp == self), "")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any pass rounds its operands."""
+        return self != BF16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The formats of all matmuls. The name of a preset sets every field, or those of one kind."""
+
+    attention: Passes = Passes()  # to queries, keys and values, and back
+    mlp: Passes = Passes()
+
+    @classmethod
+    def by_name(cls, name: str) -> "Precision":
+        """The preset of this name."""
+        if name not in PRESETS:
+            raise ValueError(unknown(name, PRESETS))
+        return PRESETS[name]
+
+    @property
+    def name(self) -> str:
+        """Of the preset that this is; empty: of none."""
+        return next((name for name, every in PRESETS.items() if every == self), "")
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a name that is none of those known, and which was meant."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    hint = f", did you mean {close[0]}?" if close else ";"
+    return f"is no precision{hint} there are {', '.join(known)}"
+
+
+BF16 = Passes()
+INT8 = Passes("int8", "int8", "int8g512")
+PRESETS = {
+    "bf16": Precision(),
+    "int8": Precision(attention=INT8, mlp=INT8),
+}
