@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from configs import command, load
 from configs.run import Run, check
 from model import transformer
+from monitor.goodput import Goodput
 from monitor.profile import Profile
 from monitor.signals import Signals
 from optim.lean import norm
@@ -237,16 +238,17 @@ def build(run: Run) -> Program:
 
 def train(run: Run) -> None:
     """The command, once its flags are a Run."""
+    goodput = Goodput()
     runtime.prepare()
     if run.deterministic:
         runtime.deterministic()
     with command.user_input():
         watch = Watch(STEP.value)
     with watch, Lock() as lock:
-        train_in(watch, lock, run)
+        train_in(watch, lock, goodput, run)
 
 
-def train_in(watch: Watch, lock: Lock, run: Run) -> None:
+def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
     """`train`, watched, in a folder that the lock keeps from other runs."""
     with command.user_input():
         cluster = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
@@ -256,7 +258,8 @@ def train_in(watch: Watch, lock: Lock, run: Run) -> None:
         profile = Profile(workdir / "profile", PROFILE.value)
         run, weights = resolve(run, workdir, RESTORE.value)
         lock.take(workdir)
-        origin = Origin.find(run, workdir, RESTORE.value, weights)
+        with goodput.part("restore"):
+            origin = Origin.find(run, workdir, RESTORE.value, weights)
         check(run, jax.device_count())
         twice.check(run)
         mesh = meshes.make(run.mesh)
@@ -268,9 +271,9 @@ def train_in(watch: Watch, lock: Lock, run: Run) -> None:
             load.save(run, workdir / "config.json")
     with jax.set_mesh(mesh), text.loader, profile, Signals() as signals:
         program = build(run)
-        with command.user_input():
+        with command.user_input(), goodput.part("restore"):
             origin, state = origin.restore(program, text.loader)
-        with Loop(program, text, state, origin, workdir, watch) as loop:
+        with Loop(program, text, state, origin, workdir, watch, goodput) as loop:
             print_run(program, text, loop.speed, workdir)
             loop.run_steps(signals, profile)
             finish(loop, workdir)

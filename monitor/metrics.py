@@ -25,6 +25,7 @@ TRAIN = (
     "mfu",  # share of the datasheet peak; null without one
     "matmul_fraction",  # share of the matmul rate measured at start
     "peak_mem_bytes",
+    "goodput",  # share of the run's time so far in useful steps; seconds by part in spent_PART_s
 )
 EVAL = ("step", "eval_loss", "eval_bits_per_byte")
 SPEED = frozenset(TRAIN[5:])  # the keys that TensorBoard shows under perf/
@@ -131,6 +132,8 @@ def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
 def _tag(key: str) -> str:
     if key.startswith("eval_"):
         return "eval/" + key.removeprefix("eval_")
+    if key.startswith("spent_"):
+        return "goodput/" + key.removeprefix("spent_")
     return ("perf/" if key in SPEED else "train/") + key
 
 

@@ -135,6 +135,8 @@ def _tiles(train: Sequence[Row], held: Sequence[Row]) -> str:
             tiles.append(("Model FLOP/s", f"{100 * matmul:.1f} %", "of the matmul rate"))
         peak = max(row.get("peak_mem_bytes") or 0 for row in train)
         tiles.append(("Peak memory", f"{peak / 2**30:.2f}", "GiB"))
+        if last.get("goodput") is not None:
+            tiles.append(("Goodput", f"{100 * last['goodput']:.1f} %", "of the time in steps"))
     cells = (f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in tiles)
     return f'<dl class="tiles">{"".join(cells)}</dl>'
 

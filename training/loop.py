@@ -1,8 +1,11 @@
 """Loop: the steps of a run, and between them its logs, evaluations, saves, its end."""
 
+import contextlib
 import json
 import math
 import signal
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ from configs.run import to_json
 from costs import devices
 from costs.speed import Speed
 from data.loader import Batch
+from monitor.goodput import Goodput
 from monitor.metrics import Metrics
 from monitor.profile import Profile
 from monitor.progress import Progress
@@ -41,11 +45,12 @@ class Loop:
     """The steps of a run, with all that happens between them."""
 
     def __init__(
-        self, program: Any, text: Text, state: Any, origin: Origin, workdir: Path, watch: Watch
-    ):
+        self, program: Any, text: Text, state: Any, origin: Origin, workdir: Path, watch: Watch,
+        goodput: Goodput,
+    ):  # fmt: skip
         """`program` is a train.Program, `state` its train.State."""
         run = program.run
-        self.watch = watch
+        self.watch, self.goodput = watch, goodput
         self.program, self.run, self.text, self.state = program, run, text, state
         self.step = origin.step
         self.tokens = origin.note.get("tokens", 0)
@@ -64,19 +69,24 @@ class Loop:
         self.rewinds = origin.note.get("rewinds", 0)
         self.began = origin.note.get("began", origin.name)
         self.evaluate_batch = program.evaluation()
+        if meshes.is_main():
+            goodput.open(workdir, origin.step if origin.own else None)
 
     def run_steps(self, signals: Signals, profile: Profile) -> None:
         """Up to the last step, or to the end of the step in which a signal comes."""
         run = self.run
         self.text.loader.start()  # reads while XLA compiles
-        compiled = self.program.compile()
-        train_batch = Twice(compiled, run.guard.twice, self.speed.pause, self.progress)
+        with self.goodput.part("compile"):
+            compiled = self.program.compile()
+        self.goodput.write()
+        train_batch = Twice(compiled, run.guard.twice, partial(self.aside, "check"), self.progress)
         self.speed.start()
-        with jax.transfer_guard("disallow"):
+        with self.goodput.part("steps"), jax.transfer_guard("disallow"):
             for step in range(self.step + 1, run.steps + 1):
                 profile.before(step)
                 self.watch.at(step, READS)
-                batch = next(self.text.loader)
+                with self.goodput.part("data"):
+                    batch = next(self.text.loader)
                 self.watch.at(step, COMPUTES)
                 rows = self.program.place(batch.arrays)
                 self.state, metrics = train_batch(step, self.state, rows)
@@ -119,6 +129,7 @@ class Loop:
             **self.speed.over(len(fetched), tokens),
             "data_wait_s": sum(step.waited_s for step in self.pending) / len(self.pending),
             "peak_mem_bytes": devices.peak_memory(),
+            **self.goodput.figures(),
             "skipped": int(last["skipped"]),
         }
         self.metrics.train(row)
@@ -128,10 +139,17 @@ class Loop:
             if self.health.see(step, metrics, pending.batch.samples):
                 self.look_again(step, pending.batch)
         self.pending.clear()
+        self.goodput.write()
+
+    @contextlib.contextmanager
+    def aside(self, part: str) -> Iterator[None]:
+        """A part of the time that belongs to no step."""
+        with self.goodput.part(part), self.speed.pause():
+            yield
 
     def look_again(self, step: int, batch: Batch) -> None:
         """Name what was not finite in a step, and write the bundle that repeats it."""
-        with self.speed.pause(), self.watch.rest(), jax.transfer_guard("allow"):
+        with self.aside("check"), self.watch.rest(), jax.transfer_guard("allow"):
             try:
                 rows = self.program.place(batch.arrays)
                 found = self.second_pass.first_bad(self.state.params, rows)
@@ -151,7 +169,7 @@ class Loop:
         self.log()
         if not self.text.held_out.batches:
             return
-        with self.speed.pause(), self.watch.rest():
+        with self.aside("eval"), self.watch.rest():
             sums = [
                 self.evaluate_batch(self.state.params, self.program.place(arrays))
                 for arrays in self.text.held_out.batches
@@ -172,7 +190,8 @@ class Loop:
             "rewinds": self.rewinds, "began": self.began,
         }  # fmt: skip
         error = None
-        with self.speed.pause(), self.watch.rest():
+        with self.aside("save"), self.watch.rest():
+            self.goodput.saved(self.step)
             try:
                 tokenizer = json.loads(self.text.tokenizer.to_json())
                 self.saves.save(self.step, self.state, note, tokenizer)
@@ -220,7 +239,7 @@ class Loop:
         self.log()
         if self.rewinds >= self.run.guard.rewind:
             return False
-        with self.speed.pause(), self.watch.rest(), jax.transfer_guard("allow"):
+        with self.aside("restore"), self.watch.rest(), jax.transfer_guard("allow"):
             self.saves.wait()
             to = older(self.saves.steps(), self.health.first)
             if to < 0:
@@ -229,6 +248,7 @@ class Loop:
             saved.verify(jax.process_index(), jax.process_count())
             step, self.state = self.state.step, None  # two states may be more than fits
             self.state = guard.rewound(saved.restore(self.program.state), step)
+            self.goodput.back_to(to)
         self.rewinds += 1
         self.health.forgive()
         self.progress.print(
@@ -257,7 +277,10 @@ class Loop:
     def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
         self.progress.close()
         self.metrics.close()
-        self.saves.close()
+        with self.goodput.part("save"):
+            self.saves.close()
+        self.goodput.write()
+        self.progress.print(f"goodput    {self.goodput.told()}")
         if error is None and self.saved_step != self.step:
             raise command.Unsaved(f"the state of step {self.step} could not be saved")
 

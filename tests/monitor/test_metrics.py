@@ -154,7 +154,7 @@ def test_a_full_disk_is_reported_once_and_loses_no_row(tmp_path, monkeypatch, ca
 
 def test_tensorboard_shows_every_column_and_the_texts_as_they_are(tmp_path):
     metrics = Metrics(tmp_path)
-    metrics.train(train_row(5, mfu=0.25))
+    metrics.train(train_row(5, mfu=0.25) | {"spent_save_s": 1.5})
     metrics.eval(eval_row(5))
     sample = "# not a title\n```\n<b>é</b> \ud800"
     metrics.text("sample", sample, step=5)
@@ -164,7 +164,8 @@ def test_tensorboard_shows_every_column_and_the_texts_as_they_are(tmp_path):
     assert set(events.Tags()["scalars"]) == {
         *("train/loss", "train/grad_norm", "train/lr", "train/tokens"),
         *("perf/tokens_per_s", "perf/step_s", "perf/data_wait_s", "perf/mfu"),
-        *("perf/matmul_fraction", "perf/peak_mem_bytes", "eval/loss", "eval/bits_per_byte"),
+        *("perf/matmul_fraction", "perf/peak_mem_bytes", "perf/goodput", "goodput/save_s"),
+        *("eval/loss", "eval/bits_per_byte"),
     }
     [text] = events.Tensors("sample")
     assert text.step == 5

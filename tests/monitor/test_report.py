@@ -92,6 +92,7 @@ def test_the_figures_of_the_whole_run_stand_at_the_top(tmp_path):
         "Speed": "0",
         "MFU": "50.0 %",
         "Peak memory": "1.00",
+        "Goodput": "50.0 %",
     }
     assert "Hardware <b>one laptop</b>" in text
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -292,8 +292,8 @@ class Process(subprocess.Popen):
         return [json.loads(line) for line in self.notes.read_text().splitlines()]
 
 
-@pytest.fixture
-def start(recipe, compiled, tmp_path):
+@contextlib.contextmanager
+def starting(recipe, compiled, tmp_path) -> Iterator[Callable[..., Process]]:
     """`start(workdir, *args, **environment)`: train.py in a process with one CPU device."""
     folder, values = compiled
     driver, running = tmp_path / "driver.py", []
@@ -317,6 +317,13 @@ def start(recipe, compiled, tmp_path):
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def start(recipe, compiled, tmp_path):
+    """`starting` with notes in the test's own folder."""
+    with starting(recipe, compiled, tmp_path) as start:
+        yield start
 
 
 def free_port() -> int:
