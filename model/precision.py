@@ -9,15 +9,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-GRADIENTS = ("bf16", "int8")  # of dgrad and wgrad
-FORMATS = (*GRADIENTS,)
+FORMATS = {
+    "bf16": "not rounded: the compute dtype, whatever that is",
+    "int8": "-127 to 127 times a scale; sums are exact",
+    "fp8": "float8_e4m3 times a scale, gradients float8_e5m2; sums are float32",
+    "w8": "weights to int8, nothing else; multiplied in the compute dtype",
+    "w4": "weights to -7 to 7, nothing else; multiplied in the compute dtype",
+}
+GRADIENTS = ("bf16", "int8", "fp8")  # of dgrad and wgrad
+ROUNDINGS = ("nearest", "stochastic")
 GROUPS = (16, 1 << 16)
 
 
 class Format(NamedTuple):
     """The numbers of both operands of a matmul."""
 
-    kind: str  # "bf16": the compute dtype, whatever it is; "int8": -127 to 127, times a scale
+    kind: str  # of FORMATS
     group: int = 0  # neighbours along the contracted dim that share a scale; 0: all of them
 
     @classmethod
@@ -26,14 +33,25 @@ class Format(NamedTuple):
         kind, _, group = text.partition("g")
         return cls(kind, int(group or 0))
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.kind == "bf16"
+
+    @property
+    def weights_only(self) -> bool:
+        """Whether activations are not rounded, and products not in 8 bits."""
+        return self.kind in ("w8", "w4")
+
 
 @dataclass(frozen=True)
 class Passes:
     """The formats of the matmuls of one kind of layer, y = x w'."""
 
     forward: str = "bf16"  # of x and w
-    dgrad: str = "bf16"  # dx = dy w: of dy and w
+    dgrad: str = "bf16"  # dx = dy w: of dy and w, by default the w that the forward pass saw
     wgrad: str = "bf16"  # dw = dy' x: of dy and x, whose contracted dim are the tokens
+    rounding: str = "nearest"  # of dy; or "stochastic": up or down by chance, right on average
 
     def __post_init__(self):
         for name, known in (("forward", FORMATS), ("dgrad", GRADIENTS), ("wgrad", GRADIENTS)):
@@ -45,6 +63,14 @@ class Passes:
                     raise ValueError(f"{name}={text!r} must have groups of {least} to {most}")
             elif text not in known:
                 raise ValueError(f"{name}={text!r} {unknown(text, known)}")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding={self.rounding!r} is none of {', '.join(ROUNDINGS)}")
+        kinds = [Format.parse(text).kind for text in (self.dgrad, self.wgrad)]
+        if self.rounding == "stochastic" and (set(kinds) - {"bf16"} != {"int8"}):
+            raise ValueError(
+                f"rounding='stochastic' is of int8 gradients, not of dgrad={self.dgrad!r}, "
+                f"wgrad={self.wgrad!r}"
+            )
 
     @classmethod
     def by_name(cls, name: str) -> "Passes":
@@ -89,9 +115,18 @@ def unknown(name: str, known: Iterable[str]) -> str:
     return f"is no precision{hint} there are {', '.join(known)}"
 
 
+def hidden(*passes: str) -> Precision:
+    """The same in all hidden layers."""
+    return Precision(attention=Passes(*passes), mlp=Passes(*passes))
+
+
 BF16 = Passes()
 INT8 = Passes("int8", "int8", "int8g512")
 PRESETS = {
     "bf16": Precision(),
-    "int8": Precision(attention=INT8, mlp=INT8),
+    "int8": hidden("int8", "int8", "int8g512"),
+    "fp8": hidden("fp8", "fp8", "fp8"),
+    # Quantization-aware: the gradients of weights that will be stored so.
+    "w8": hidden("w8"),
+    "w4": hidden("w4g64"),
 }

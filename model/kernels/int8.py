@@ -1,4 +1,4 @@
-"""The product of two int8 matrices with scales, both contracted over their last dim.
+"""The product of two matrices of 8-bit values with scales, both contracted over their last dim.
 
 Shapes: R rows, N outputs, K contracted.
 """
@@ -19,11 +19,13 @@ def matmul(
     *,
     block: int = 0,
 ) -> jax.Array:
-    """[R, N] in `dtype`: x w' with exact int32 sums, times the scales sx [R] and sw [N].
+    """[R, N] in `dtype`: x w' times the scales sx [R] and sw [N]. Of int8, sums are exact int32.
 
     With a `block` the scales are [R, ceil(K / block)] and [N, ceil(K / block)]: each block of K has
     its own, and the sums of the blocks add up in float32.
     """
+    if sx.ndim > 1 and sx.shape[1] == 1:
+        block, sx, sw = 0, sx[:, 0], sw[:, 0]
     if not block:
         return _scaled(x_RK, w_NK, sx, sw).astype(dtype)
     parts = [in_blocks(x_RK, block), in_blocks(w_NK, block), sx, sw]
@@ -36,5 +38,6 @@ def matmul(
 
 def _scaled(x_RK: jax.Array, w_NK: jax.Array, sx_R: jax.Array, sw_N: jax.Array) -> jax.Array:
     """[R, N] float32."""
-    sums = lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+    sums = jnp.int32 if x_RK.dtype == jnp.int8 else jnp.float32
+    sums = lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=sums)
     return sums.astype(jnp.float32) * sx_R[:, None] * sw_N[None]

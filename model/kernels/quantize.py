@@ -1,7 +1,7 @@
-"""Symmetric rounding to 8 bits: values times a scale for each row, or each block of a row.
+"""Symmetric rounding to few bits: values times a scale for each row, or each block of a row.
 
-A scale is the largest magnitude of what shares it, over the largest 8-bit value. Where a number is
-not finite the scale is not either, and so is all that is made with it.
+A scale is the largest magnitude of what shares it, over the largest number of the format. Where a
+number is not finite the scale is not either, and so is all that is made with it.
 
 Shapes: R rows, K columns.
 """
@@ -9,30 +9,45 @@ Shapes: R rows, K columns.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+TOPS = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
 def rows(
-    x_RK: jax.Array, *, block: int = 0, largest: jax.Array | None = None, times: jax.Array = None
+    x_RK: jax.Array,
+    *,
+    form: str = "int8",
+    block: int = 0,
+    largest: jax.Array | None = None,
+    times: jax.Array | None = None,
+    stochastic: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(int8 [R, K], float32 scales [R]), or [R, ceil(K / block)] of blocks of columns.
+    """(values [R, K] of a form of TOPS, float32 scales [R]), or scales [R, ceil(K / block)].
 
-    `largest`, shaped as the scales: the magnitudes, where x is part of what shares them. `times`,
-    [K], multiplies the columns of x before anything else.
+    int4 comes as int8. `largest`, shaped as the scales: the magnitudes, where x is only part of
+    what shares them. `times`, [K], multiplies the columns of x before anything else. To the
+    nearest, halves to even; or `stochastic`, for int8.
     """
     x_RK = x_RK.astype(jnp.float32)
     x_RK = x_RK if times is None else x_RK * times[None]
-    parts = in_blocks(x_RK, block)
+    parts, top = in_blocks(x_RK, block), np.float32(TOPS[form])
     largest = magnitudes(parts) if largest is None else largest.reshape(parts.shape[:-1])
-    scales = largest / np.float32(127)
+    scales = largest / top
     inverse = jnp.where(scales > 0, 1 / scales, 0)
-    values = jnp.round(jnp.clip(parts * inverse[..., None], -127, 127)).astype(jnp.int8)
+    levels = parts * inverse[..., None]
+    if stochastic:
+        levels = jnp.floor(levels + chance(parts, scales))
+    elif form.startswith("int"):
+        levels = jnp.round(levels)
+    values = jnp.clip(levels, -top, top).astype("int8" if form == "int4" else form)
     values = values.reshape(len(x_RK), -1)[:, : x_RK.shape[1]]
     return values, scales if block else scales[:, 0]
 
 
-def columns(x_RK: jax.Array, *, block: int = 0) -> tuple[jax.Array, jax.Array]:
-    """`rows` of x transposed: (int8 [K, R], float32 [K] or [K, ceil(R / block)])."""
-    return rows(x_RK.T, block=block)
+def columns(x_RK: jax.Array, **how) -> tuple[jax.Array, jax.Array]:
+    """`rows` of x transposed: (values [K, R], scales [K] or [K, ceil(R / block)])."""
+    return rows(x_RK.T, **how)
 
 
 def magnitudes(x: jax.Array) -> jax.Array:
@@ -49,3 +64,18 @@ def in_blocks(x_RK: jax.Array, block: int) -> jax.Array:
     K = x_RK.shape[1]
     block = block or K
     return jnp.pad(x_RK, ((0, 0), (0, -K % block))).reshape(len(x_RK), -1, block)
+
+
+def chance(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """[..., K] in [0, 1), as if by chance: a hash of each number, its place and its scale.
+
+    It needs no key, and the same numbers are rounded the same way again. The hash is the end of
+    MurmurHash3 (Appleby 2011, public domain).
+    """
+    own = lax.bitcast_convert_type(x, jnp.uint32)
+    row = lax.bitcast_convert_type(scales, jnp.uint32)[..., None] * np.uint32(0x9E3779B1)
+    place = lax.broadcasted_iota(jnp.uint32, x.shape, x.ndim - 1) * np.uint32(0x85EBCA77)
+    h = own ^ (row + place)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = (h ^ (h >> shift)) * np.uint32(factor)
+    return ((h ^ (h >> 16)) >> 8).astype(jnp.float32) * np.float32(2**-24)

@@ -1,12 +1,14 @@
-"""The einsum with operands rounded to 8 bits: dynamic scales, symmetric, exact sums.
+"""The einsum with rounded operands: dynamic scales, symmetric, 8 bits or fewer.
 
 Each device multiplies matrices of its own in a `shard_map`; what crosses devices is named here.
 A scale belongs to all of a contracted dim, so where that is split the devices agree on the largest
-magnitude first: the values are those of one device, on every mesh.
+magnitude first: the values are those of one device, on every mesh. Scales of groups (`int8g128`)
+are of numbers on one device, so for them this holds where a group divides a device's part.
 
 - forward: x by token, w by output, y = s_x s_w (x w').
 - dgrad: the weight that the forward pass saw. dx = dy w = (dy s_w) w8: the weight's scales belong
-  to the contracted dim here, so they go to dy before that is rounded, by token.
+  to the contracted dim here, so they go to dy before that is rounded, by token. Only where forward
+  and dgrad have other formats, or groups, the weight is rounded again, by input.
 - wgrad: dy and x by channel, over a group of tokens each, as one scale for all tokens would have
   to cover the largest of them.
 
@@ -25,20 +27,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.kernels import int8, quantize
 from model.matmul.plan import Plan
+from model.matmul.rounded import (
+    OF_GRADIENTS,
+    OF_VALUES,
+    Operand,
+    Rounded,
+    Rounding,
+    block_of,
+    exact,
+    multiplied,
+    tokens_together,
+)
 from model.precision import Format, Passes
 from sharding.gather import Axes, axes_of, gathered, scattered
-
-EXACT = 1 << 17  # products of two int8 numbers whose sum int32 holds
-
-
-class Rounded(NamedTuple):
-    """A matrix of 8-bit values; scales by row, or by row and block of columns."""
-
-    values: jax.Array
-    scales: jax.Array
-    block: int = 0
 
 
 class Way(NamedTuple):
@@ -48,29 +50,31 @@ class Way(NamedTuple):
     passes: Passes
     inputs: int  # contracted dims, the last of x and w
     batch: int  # leading dims that x, w and y share: of one number on a device
-    w: jax.P  # where weights lie
+    w: tuple  # where weights lie: an entry for each dim
     out: jax.P  # where results end up
 
     @property
     def outer(self) -> tuple:
         """The entries of `w` for the outputs."""
-        return tuple(self.w)[self.batch : len(self.w) - self.inputs]
+        return self.w[self.batch : len(self.w) - self.inputs]
 
     @property
-    def outputs(self) -> Axes:
-        """The mesh axes that split the outputs while matrices are multiplied."""
-        every = (axis for dim in self.outer for axis in axes_of(dim))
-        return tuple(axis for axis in every if axis not in self.plan.rows)
+    def inner(self) -> tuple:
+        """The entries of `w` for the contracted dims."""
+        return self.w[len(self.w) - self.inputs :]
 
-    @property
-    def contracted(self) -> Axes:
-        """The mesh axes that split a weight's contracted dims where it lies."""
-        return tuple(axis for dim in tuple(self.w)[-self.inputs :] for axis in axes_of(dim))
+    def left(self, dims: tuple) -> Axes:
+        """The mesh axes that split these dims of a weight once it is gathered."""
+        return tuple(axis for axis in every(dims) if axis not in self.plan.rows)
 
-    @property
-    def sums(self) -> Axes:
-        """Those of them that still do while matrices are multiplied."""
-        return tuple(axis for axis in self.contracted if axis not in self.plan.rows)
+    def whole(self, part: jax.Array, dims: tuple) -> jax.Array:
+        """A device's part of what lies as a weight's dims do, gathered as weights are."""
+        return gathered(part, dims, self.plan.rows)
+
+
+def every(dims: tuple) -> Axes:
+    """The mesh axes of all of these dims."""
+    return tuple(axis for dim in dims for axis in axes_of(dim))
 
 
 def einsums(
@@ -84,8 +88,8 @@ def einsums(
     out = list(plan.y.partitions if plan.scatters else plan.y)
     for dim, axes in plan.scatters:
         out[dim] = (*axes_of(out[dim]), *axes)
-    way = Way(plan, passes, inputs, batch, jax.typeof(ws[0]).sharding.spec, jax.P(*out))
-    return list(products(way, x, tuple(ws)))
+    lies = tuple(jax.typeof(ws[0]).sharding.spec)
+    return list(products(Way(plan, passes, inputs, batch, lies, jax.P(*out)), x, tuple(ws)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -102,7 +106,7 @@ def _products_fwd(way, x, ws):
 def _products_bwd(way, residuals, dys):
     x, ws = residuals
     local = functools.partial(_backward, way)
-    out = (jax.typeof(x).sharding.spec, (way.w,) * len(ws))
+    out = (jax.typeof(x).sharding.spec, (jax.P(*way.w),) * len(ws))
     return jax.shard_map(local, out_specs=out)(x, ws, dys)
 
 
@@ -114,13 +118,15 @@ products.defvjp(_products_fwd, _products_bwd)
 
 def _forward(way: Way, x: jax.Array, *ws: jax.Array) -> tuple[jax.Array, ...]:
     """The parts of the results."""
-    x, ys = together(x, way.plan.gathers), []
-    form = Format.parse(way.passes.forward)
-    operand = by_row(matrix(x, way.inputs), form, way.sums)
+    x, form, ys = together(x, way.plan.gathers), Format.parse(way.passes.forward), []
+    x_RI = matrix(x, way.inputs)
+    if not (form.exact or form.weights_only):
+        block = block_of(matrix(ws[0], way.inputs).shape[1], form.group)
+        x_RI = Rounding(OF_VALUES[form.kind], block, way.left(way.inner)).by_row(x_RI)
     for w in ws:
-        y_RO = multiplied(operand, weight(way, w, form, x.dtype), x.dtype)
+        y_RO = multiplied(x_RI, weight(way, w, form, x.dtype), x.dtype)
         y = y_RO.reshape(*x.shape[: x.ndim - way.inputs], *outputs_of(way, w))
-        ys.append(summed(y, way.sums, way.plan.scatters))
+        ys.append(summed(y, way.left(way.inner), way.plan.scatters))
     return tuple(ys)
 
 
@@ -128,18 +134,21 @@ def _backward(
     way: Way, x: jax.Array, ws: tuple[jax.Array, ...], dys: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The parts of the gradients of x and of the weights."""
-    x = together(x, way.plan.gathers)
+    x, form = together(x, way.plan.gathers), Format.parse(way.passes.wgrad)
     x_RI = matrix(x, way.inputs)
     dys_RO = [together(dy, way.plan.scatters).reshape(len(x_RI), -1) for dy in dys]
     dx_RI = sum(dgrad(way, dy_RO, w) for dy_RO, w in zip(dys_RO, ws, strict=True))
-    dx = summed(dx_RI.reshape(x.shape), way.outputs, way.plan.gathers)
-    group, block = Format.parse(way.passes.wgrad), 0
-    if group.kind != "bf16":
-        block = tokens_together(x.shape[-way.inputs - 1], len(x_RI), group.group)
-    xT_IR = by_column(x_RI, group, block)
+    dx = summed(dx_RI.reshape(x.shape), way.left(way.outer), way.plan.gathers)
+    if form.exact:
+        turned = [a.T for a in (x_RI, *dys_RO)]
+    else:
+        block = tokens_together(x.shape[-way.inputs - 1], len(x_RI), form)
+        of_dy = Rounding(OF_GRADIENTS[form.kind], block, stochastic=stochastic(way))
+        turned = [Rounding(OF_VALUES[form.kind], block).by_column(x_RI)]
+        turned += [of_dy.by_column(dy_RO) for dy_RO in dys_RO]
     dws = []
-    for dy_RO, w in zip(dys_RO, ws, strict=True):
-        dw_OI = multiplied(by_column(dy_RO, group, block), xT_IR, x.dtype)
+    for dyT_OR, w in zip(turned[1:], ws, strict=True):
+        dw_OI = multiplied(dyT_OR, turned[0], x.dtype)
         dw = dw_OI.reshape(*w.shape[: way.batch], *outputs_of(way, w), *x.shape[-way.inputs :])
         # Devices talk: gradients are reduce-scattered to where weights lie, in compute precision.
         dws.append(scattered(dw, way.w, way.plan.rows).astype(w.dtype))
@@ -149,13 +158,23 @@ def _backward(
 def dgrad(way: Way, dy_RO: jax.Array, w: jax.Array) -> jax.Array:
     """[R, I]: dy times the weight that the forward pass saw."""
     form, seen = Format.parse(way.passes.dgrad), Format.parse(way.passes.forward)
-    w_OI = weight(way, w, seen if form.kind == "bf16" else form, dy_RO.dtype)
-    if form.kind == "bf16":
-        w_OI = w_OI if seen.kind == "bf16" else dequantized(w_OI, dy_RO.dtype)
+    if form.exact:
+        w_OI = exact(weight(way, w, seen, dy_RO.dtype), dy_RO.dtype)
         return multiplied(dy_RO, w_OI.T, dy_RO.dtype)
-    operand = by_row(dy_RO, form, way.outputs, times=w_OI.scales)
-    ones = jnp.ones_like(w_OI.values[0], jnp.float32)
-    return multiplied(operand, Rounded(w_OI.values.T, ones), dy_RO.dtype)
+    rounding = Rounding(OF_GRADIENTS[form.kind], 0, way.left(way.outer), stochastic=stochastic(way))
+    seen = form if seen.exact else seen
+    if not (form.group or seen.group) and (form.kind == "fp8") == (seen.kind == "fp8"):
+        w_OI = weight(way, w, seen, dy_RO.dtype)
+        ones_I = jnp.ones_like(w_OI.values[0], jnp.float32)
+        by_token = rounding.by_row(dy_RO, times=w_OI.scales)
+        return multiplied(by_token, Rounded(w_OI.values.T, ones_I), dy_RO.dtype)
+    wT_IO = weight_turned(way, w, form)
+    return multiplied(rounding._replace(block=wT_IO.block).by_row(dy_RO), wT_IO, dy_RO.dtype)
+
+
+def stochastic(way: Way) -> bool:
+    """Whether gradients are rounded by chance."""
+    return way.passes.rounding == "stochastic"
 
 
 def matrix(x: jax.Array, inputs: int) -> jax.Array:
@@ -165,74 +184,41 @@ def matrix(x: jax.Array, inputs: int) -> jax.Array:
 
 def outputs_of(way: Way, w: jax.Array) -> tuple[int, ...]:
     """The sizes of a weight's outputs on a device, gathered."""
-    ways = (
-        math.prod(lax.axis_size(axis) for axis in axes_of(dim) if axis in way.plan.rows)
-        for dim in way.outer
-    )
     sizes = w.shape[way.batch : w.ndim - way.inputs]
-    return tuple(size * n for size, n in zip(sizes, ways, strict=True))
+    rows = way.plan.rows
+    ways = ([lax.axis_size(a) for a in axes_of(dim) if a in rows] for dim in way.outer)
+    return tuple(size * math.prod(n) for size, n in zip(sizes, ways, strict=True))
 
 
-def weight(way: Way, w: jax.Array, form: Format, dtype: jax.typing.DTypeLike) -> Rounded:
-    """[O, I]: a weight, gathered as what it is rounded to."""
-    if form.kind == "bf16":
+def weight(way: Way, w: jax.Array, form: Format, dtype: jax.typing.DTypeLike) -> Operand:
+    """[O, I]: a weight, gathered as what it is rounded to, with scales of its outputs."""
+    if form.exact:
         # Devices talk: weights are gathered, in compute precision.
-        return matrix(gathered(w.astype(dtype), way.w, way.plan.rows), way.inputs)
-    values, scales, _ = by_row(matrix(w, way.inputs), form, way.contracted)
-    # Devices talk: weights are gathered, as int8 values and the scales of their outputs.
-    values = gathered(values.reshape(w.shape), way.w, way.plan.rows)
-    scales = scales.reshape(w.shape[: w.ndim - way.inputs])
-    scales = gathered(scales, tuple(way.w)[: scales.ndim], way.plan.rows)
-    return Rounded(matrix(values, way.inputs), scales.reshape(-1))
+        return matrix(way.whole(w.astype(dtype), way.w), way.inputs)
+    w_OI, outer = matrix(w, way.inputs), way.w[: len(way.w) - way.inputs]
+    block = block_of(w_OI.shape[1], form.group)
+    values, scales, _ = Rounding(OF_VALUES[form.kind], block, every(way.inner)).by_row(w_OI)
+    # Devices talk: weights are gathered, as values of 8 bits and their scales.
+    values = matrix(way.whole(values.reshape(w.shape), way.w), way.inputs)
+    scales = scales.reshape(*w.shape[: len(outer)], -1)
+    scales = way.whole(scales, (*outer, every(way.inner) if block else None))
+    return Rounded(values, scales.reshape(len(values), -1) if block else scales.reshape(-1), block)
 
 
-def by_row(
-    x_RK: jax.Array, form: Format, over: Axes, times: jax.Array | None = None
-) -> Rounded | jax.Array:
-    """x rounded with a scale for each row, of which these mesh axes hold parts."""
-    if form.kind == "bf16":
-        return x_RK
-    largest = None
-    if over:
-        x32 = x_RK.astype(jnp.float32)
-        largest = quantize.magnitudes(x32 if times is None else x32 * times[None])
-        # Devices talk: they agree on a scale.
-        largest = lax.pmax(largest, over)
-    return Rounded(*quantize.rows(x_RK, largest=largest, times=times))
-
-
-def by_column(x_RK: jax.Array, form: Format, block: int) -> Rounded | jax.Array:
-    """x transposed, rounded with a scale for each column and block of rows."""
-    if form.kind == "bf16":
-        return x_RK.T
-    return Rounded(*quantize.columns(x_RK, block=block), block)
-
-
-def multiplied(
-    x: Rounded | jax.Array, w: Rounded | jax.Array, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """x w', of two matrices of one kind."""
-    if isinstance(x, Rounded):
-        return int8.matmul(x.values, w.values, x.scales, w.scales, dtype, block=x.block)
-    return lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-
-
-def dequantized(x: Rounded, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The numbers that values and scales mean."""
-    return (x.values * x.scales[:, None]).astype(dtype)
-
-
-def tokens_together(tokens: int, rows: int, group: int) -> int:
-    """Tokens that share a channel's scale, of rows of so many: at most `group`; 0: all.
-
-    Of one row of the batch if that divides into such groups, so that they are the same on a mesh
-    that has part of the rows.
-    """
-    group = min(group or EXACT, EXACT)
-    least = math.ceil(tokens / group)
-    parts = [n for n in range(least, 2 * least + 1) if tokens % n == 0]
-    group = tokens // parts[0] if parts else group
-    return group if group < rows else 0
+def weight_turned(way: Way, w: jax.Array, form: Format) -> Rounded:
+    """[I, O]: a weight, gathered as what it is rounded to, with scales of its inputs."""
+    w_OI, inner = matrix(w, way.inputs), w.shape[w.ndim - way.inputs :]
+    block = block_of(len(w_OI), form.group)
+    rounding = Rounding(OF_VALUES[form.kind], block, every(way.outer))
+    values, scales, _ = rounding.by_column(w_OI)
+    # Devices talk: weights are gathered, as values of 8 bits and their scales.
+    values = values.reshape(*inner, *w.shape[way.batch : w.ndim - way.inputs])
+    values = way.whole(values, (*way.inner, *way.outer))
+    values = values.reshape(math.prod(values.shape[: way.inputs]), -1)
+    scales = way.whole(
+        scales.reshape(*inner, -1), (*way.inner, every(way.outer) if block else None)
+    )
+    return Rounded(values, scales.reshape(len(values), -1) if block else scales.reshape(-1), block)
 
 
 def together(x: jax.Array, dims: Sequence[tuple[int, Axes]]) -> jax.Array:

@@ -10,7 +10,7 @@ from configs import fields
 from configs.run import Run, from_json, to_json
 from data.config import DataConfig
 from model.config import DTYPES, KERNELS, MLPS, NORMS, REMATS
-from model.precision import FORMATS
+from model.precision import FORMATS, ROUNDINGS
 from optim.config import OPTIMIZERS, SCHEDULES
 from sharding import schedule
 from sharding.layout import MeshAxis
@@ -21,12 +21,15 @@ PATHS = [path for path, _, _ in LEAVES]
 NEEDS = {
     "model.arch.norm.bias": {"model.arch.norm.kind": "layer"},
     "model.arch.embeddings.first": {"model.arch.embeddings.positions": "8"},
+    "model.precision.attention.rounding": {"model.precision.attention.wgrad": "int8"},
+    "model.precision.mlp.rounding": {"model.precision.mlp.wgrad": "int8"},
     "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")
 TEXTS += (
     *DTYPES,
     *FORMATS,
+    *ROUNDINGS,
     *KERNELS,
     *MLPS,
     *NORMS,

@@ -9,8 +9,8 @@ import pytest
 
 from model.kernels import int8, quantize
 from model.matmul import einsum
-from model.matmul.quantized import tokens_together
-from model.precision import BF16, INT8, Passes
+from model.matmul.rounded import block_of, tokens_together
+from model.precision import BF16, INT8, Format, Passes
 
 SPEC = "BTD,FD->BTF"
 B, T, D, F = 2, 6, 40, 24
@@ -135,9 +135,55 @@ def test_a_huge_channel_spoils_its_own_block_only():
 
 
 def test_tokens_share_a_scale_within_a_row_where_that_divides():
-    assert tokens_together(8192, 8 * 8192, 512) == 512
-    assert tokens_together(1020, 8 * 1020, 512) == 510
-    assert tokens_together(12, 96, 512) == 12
-    assert tokens_together(1021, 8 * 1021, 512) == 512  # a prime number: across rows
-    assert tokens_together(512, 512, 512) == 0
-    assert tokens_together(1 << 18, 1 << 18, 0) == 1 << 17  # the most whose sums are exact
+    few = Format("int8", 512)
+    assert tokens_together(8192, 8 * 8192, few) == 512
+    assert tokens_together(1020, 8 * 1020, few) == 510
+    assert tokens_together(12, 96, few) == 12
+    assert tokens_together(1021, 8 * 1021, few) == 512  # a prime number: across rows
+    assert tokens_together(512, 512, few) == 0
+    assert tokens_together(1 << 18, 1 << 18, Format("int8")) == 1 << 17  # whose sums are exact
+
+
+def test_inputs_share_a_scale_in_equal_blocks():
+    assert [block_of(256, group) for group in (0, 64, 100, 256, 1000)] == [0, 64, 64, 256, 256]
+    assert block_of(257, 64) == 257  # a prime number: no blocks
+
+
+# Of random operands, relative: of an even step of 1/127 of the largest of 40 numbers, or less; of
+# a mantissa with three bits, and two for gradients.
+FORMATS = {
+    Passes("int8g16", "int8g16", "int8g16"): (0.012, 0.012, 0.012),
+    Passes("fp8", "fp8", "fp8"): (0.05, 0.08, 0.08),
+    Passes("fp8g16", "fp8g16", "fp8g16"): (0.05, 0.08, 0.08),
+    Passes("w8"): (0.01, 0.01, 1e-6),
+    Passes("w4g16"): (0.15, 0.15, 1e-6),
+    Passes("w4g16", "int8", "int8"): (0.15, 0.02, 0.02),
+    Passes("int8", "int8", "int8", "stochastic"): (0.015, 0.03, 0.03),
+}
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [*list(FORMATS)[:1], *(pytest.param(p, marks=pytest.mark.slow) for p in list(FORMATS)[1:])],
+    ids=str,
+)
+def test_each_format_loses_no_more_than_its_numbers_are_apart(one_device, passes):
+    right = step(BF16)(*ranges("normal"))
+    found = step(passes)(*ranges("normal"))
+    for ours, exact, most in zip(found, right, FORMATS[passes], strict=True):
+        error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+        assert most / 5 < error < most or error < most == 1e-6
+
+
+def test_rounding_by_chance_is_right_on_average():
+    draw = np.random.default_rng(0)
+    x = draw.uniform(0.2, 0.3, (1, 1 << 16)).astype(np.float32)
+    x[0, 0] = 127  # so the scale is one, and all others lie between zero and one
+    values, scales = jax.jit(functools.partial(quantize.rows, stochastic=True))(x)
+    values = np.asarray(values, np.float64)[0, 1:]
+    assert float(scales[0]) == 1
+    assert set(values) == {0, 1}
+    spread = 5 * np.sqrt(0.25 * 0.75 / values.size)
+    assert abs(values.mean() - x[0, 1:].mean()) < spread
+    # Neighbours fall apart: there is no pattern along the row.
+    assert abs(np.corrcoef(values[1:], values[:-1])[0, 1]) < 5 / np.sqrt(values.size)

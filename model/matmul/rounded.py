@@ -1,0 +1,100 @@
+"""Matrices rounded to few bits, and their products, on one device.
+
+Shapes: R rows, K contracted columns, N rows of the other operand.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from model.kernels import int8, quantize
+from model.precision import Format
+from sharding.gather import Axes
+
+EXACT = 1 << 17  # products of two int8 numbers whose sum int32 holds
+OF_VALUES = {"int8": "int8", "fp8": "float8_e4m3fn", "w8": "int8", "w4": "int4"}
+OF_GRADIENTS = {"int8": "int8", "fp8": "float8_e5m2"}
+
+
+class Rounded(NamedTuple):
+    """A matrix as values and scales: of rows, or of rows and `block` columns each."""
+
+    values: jax.Array
+    scales: jax.Array
+    block: int = 0
+
+
+Operand = Rounded | jax.Array
+
+
+class Rounding(NamedTuple):
+    """What a matrix is rounded to, and what shares a scale."""
+
+    form: str  # of quantize.TOPS
+    block: int = 0  # columns; 0: all
+    over: Axes = ()  # mesh axes along which others have the rest of these columns
+    stochastic: bool = False
+
+    def by_row(self, x_RK: jax.Array, times: jax.Array | None = None) -> Rounded:
+        """[R, K]; each column of x multiplied by its own of `times` before."""
+        largest = None
+        if self.over and not self.block:
+            x32 = x_RK.astype(jnp.float32)
+            largest = quantize.magnitudes(x32 if times is None else x32 * times[None])
+            # Devices talk: they agree on a scale.
+            largest = lax.pmax(largest, self.over)
+        how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
+        return Rounded(*quantize.rows(x_RK, largest=largest, times=times, **how), self.block)
+
+    def by_column(self, x_KR: jax.Array) -> Rounded:
+        """[R, K], of x transposed."""
+        if self.over and not self.block:
+            return self.by_row(x_KR.T)
+        how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
+        return Rounded(*quantize.columns(x_KR, **how), self.block)
+
+
+def multiplied(x_RK: Operand, w_NK: Operand, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """[R, N] in `dtype`: x w'. Of two rounded operands in 8 bits, else in `dtype` too."""
+    if isinstance(x_RK, Rounded) and isinstance(w_NK, Rounded):
+        x, w = x_RK, w_NK
+        assert x.block == w.block, (x.block, w.block)
+        return int8.matmul(x.values, w.values, x.scales, w.scales, dtype, block=x.block)
+    x_RK, w_NK = exact(x_RK, dtype), exact(w_NK, dtype)
+    return lax.dot_general(x_RK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+
+def exact(x: Operand, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The numbers that an operand means."""
+    if not isinstance(x, Rounded):
+        return x
+    scales = x.scales if x.block else x.scales[:, None]
+    parts = quantize.in_blocks(x.values.astype(jnp.float32), x.block) * scales[..., None]
+    return parts.reshape(len(x.values), -1)[:, : x.values.shape[1]].astype(dtype)
+
+
+def block_of(size: int, group: int) -> int:
+    """Columns that share a scale, of `size`: at most `group`, in equal blocks; 0 if all may.
+
+    All do too where no equal blocks are at least half as large as they may be.
+    """
+    if not group:
+        return 0
+    least = math.ceil(size / group)
+    return size // next((n for n in range(least, 2 * least + 1) if size % n == 0), 1)
+
+
+def tokens_together(tokens: int, rows: int, form: Format) -> int:
+    """Tokens that share a channel's scale, of rows of so many, in `rows` tokens altogether.
+
+    At most `form.group`, and of one row of the batch if that divides into such groups, so that they
+    are the same on a mesh that has part of the rows; and no more than int32 can sum. 0: all.
+    """
+    group = min(form.group or EXACT, EXACT)
+    least = math.ceil(tokens / group)
+    parts = [n for n in range(least, 2 * least + 1) if tokens % n == 0]
+    group = tokens // parts[0] if parts else group
+    return group if group < rows else 0
