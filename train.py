@@ -26,7 +26,7 @@ from monitor.signals import Signals
 from optim.lean import norm
 from optim.schedule import make_schedule
 from optim.update import Update, make_update
-from sharding import context, runtime
+from sharding import context, offload, runtime
 from sharding import mesh as meshes
 from sharding.gather import axes_of
 from sharding.stages import stage_count
@@ -84,7 +84,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
     The loss is the mean over the batch's target tokens, in however many micro-batches it comes.
     A step that the guard does not let through changes neither parameters nor optimizer.
     """
-    run, staged = program.run, stage_count() > 1
+    run, staged, params = program.run, stage_count() > 1, offload.fetch(state.params)
     count = jnp.sum(batch["segments"] > 0)
 
     def loss(params: Any, rows: Batch) -> tuple[jax.Array, dict]:
@@ -95,7 +95,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
         return model.loss(**rows, documents=program.documents)
 
     def gradient(rows: Batch) -> tuple[dict, Any]:
-        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
         return told, grads
 
     if staged:
@@ -110,13 +110,15 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
 
         first = jax.tree.map(lambda rows: rows[0], parts)
         told, _ = jax.eval_shape(gradient, first)
-        zero = jax.tree.map(jnp.zeros_like, (told, state.params))
+        zero = jax.tree.map(jnp.zeros_like, (told, params))
         (told, grads), _ = jax.lax.scan(add, zero, parts)
 
     nats, size = told.pop("nats"), norm(grads)
     good, guard, judged = state.guard.judge(run.guard, nats, size)
     number = state.step - state.guard.skipped  # of this step, among those that were taken
-    params, opt_state = program.optimizer.step(number, good, grads, state.opt_state, state.params)
+    params = offload.fetch(state.params, after=grads)
+    params, opt_state = program.optimizer.step(number, good, grads, state.opt_state, params)
+    params = offload.put(params, like=state.params)
     metrics = {
         "loss": nats,
         "grad_norm": size,
@@ -141,7 +143,7 @@ def micro_batches(batch: Batch, parts: int) -> Batch:
 def eval_step(program: "Program", params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(nats of all targets, number of targets)."""
     run, weights = program.run, (batch["segments"] > 0).astype(jnp.float32)
-    model, rows = nnx.merge(program.graph, params), {**batch, "weights": weights}
+    model, rows = nnx.merge(program.graph, offload.fetch(params)), {**batch, "weights": weights}
     if stage_count() > 1:
         rows = micro_batches(rows, run.optim.accumulate)
         _, told = model.staged_loss(rows, run.pipeline, documents=program.documents)
@@ -197,16 +199,28 @@ class Program:
 
     def fresh(self) -> State:
         """The state before the first step."""
-        once = runtime.once()
-        return jax.jit(lambda: init_state(self, self.run.seed), compiler_options=once)()
+        return self.first(lambda: init_state(self, self.run.seed))
 
     def begin(self, params: Any) -> State:
         """The state before the first step, of these parameters, whose memory it takes over."""
 
         def state(params: Any) -> State:
+            params = offload.fetch(params)
             return State(jnp.int32(0), params, self.optimizer.init(params), Guard.fresh())
 
-        return jax.jit(state, donate_argnums=0, compiler_options=runtime.once())(params)
+        return self.first(state, params, donate_argnums=0)
+
+    def first(self, make: Callable[..., State], *args: Any, **how: Any) -> State:
+        """The state that `make` gives of `args`, each array where it belongs."""
+        home = self.state.opt_state
+
+        def own(state: State) -> State:
+            return dataclasses.replace(state, opt_state=offload.without(state.opt_state, home))
+
+        where = jax.tree.map(lambda leaf: leaf.sharding, own(self.state))
+        how |= {"out_shardings": where, "compiler_options": runtime.once()}
+        state = jax.jit(lambda *args: own(make(*args)), **how)(*args)
+        return dataclasses.replace(state, opt_state=offload.filled(state.opt_state, home))
 
     def evaluation(self) -> Any:
         """`eval_step`, of parameters and a batch."""
@@ -221,7 +235,8 @@ def build(run: Run) -> Program:
     """The program of a run, its vocabulary resolved, on the mesh in use; allocates nothing."""
     graph, _, roles = transformer.abstract(run.model, run.layout)
     axes = axes_of(run.layout.optimizer)
-    optimizer = make_update(run.optim, run.steps, roles, run.seed, axes)
+    by_layer = "optimizer" in run.layout.host
+    optimizer = make_update(run.optim, run.steps, roles, run.seed, axes, by_layer=by_layer)
     program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps))
     whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
 
@@ -230,7 +245,8 @@ def build(run: Run) -> Program:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     state = jax.tree.map(placed, jax.eval_shape(lambda: init_state(program, 0)))
-    return dataclasses.replace(program, state=state)
+    params, opt_state = offload.place(run.layout.host, state.params, state.opt_state)
+    return dataclasses.replace(program, state=State(state.step, params, opt_state, state.guard))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -263,6 +279,7 @@ def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
         check(run, jax.device_count())
         twice.check(run)
         mesh = meshes.make(run.mesh)
+        offload.check(run.layout.host, jax.local_devices())
         run, text = open_text(run, origin.tokenizer(), mesh)
         if meshes.is_main():
             workdir.mkdir(parents=True, exist_ok=True)

@@ -145,6 +145,7 @@ def check_split(run: Run, devices: int) -> None:
         fix = f", or --config.layout.{axis}=none"
         _divides(f"model: {name}", getattr(run.model, name), _ways(run, axis, sizes), fix)
     _check_stages(run, sizes)
+    _check_host(run, sizes)
     moe, ways = run.model.arch.moe, _ways(run, "experts", sizes)
     _divides("model: arch.moe.mlp", moe.mlp, _ways(run, "mlp", sizes))
     _divides("model: arch.moe.experts", moe.experts, ways)
@@ -163,6 +164,39 @@ def check_split(run: Run, devices: int) -> None:
             )
 
 
+def _check_host(run: Run, sizes: dict[str, int]) -> None:
+    """Raise ValueError unless what lies in host memory can be used from there."""
+    host = ",".join(run.layout.host)
+    if host and sizes["stage"] > 1:
+        raise ValueError(
+            f"layout: host={host} is not built with mesh.stage={sizes['stage']}: stages keep all "
+            f"on their devices; fsdp={sizes['stage']} splits layers' weights without stages"
+        )
+    if host and run.guard.twice:
+        raise ValueError(
+            f"layout: host={host} keeps what guard.twice={run.guard.twice} would compare off the "
+            f"devices: leave one of the two out"
+        )
+    if "optimizer" not in run.layout.host:
+        return
+    by_layer = f"layout: host={host} brings the optimizer's state one layer at a time, and"
+    split = [axis for axis, size in _ways(run, "optimizer", sizes).items() if size > 1]
+    if split:
+        raise ValueError(
+            f"{by_layer} optimizer={','.join(split)} splits its layers: leave one of the two out"
+        )
+    if run.optim.moments != "float32":
+        raise ValueError(
+            f"{by_layer} optim.moments={run.optim.moments} are updated in pieces of their own: "
+            f"leave one of the two out"
+        )
+    if run.optim.name == "adafactor":
+        raise ValueError(
+            f"{by_layer} adafactor scales all layers of a matrix by one number; adamw, sgd, lion "
+            f"and muon do not"
+        )
+
+
 def _check_stages(run: Run, sizes: dict[str, int]) -> None:
     """Raise ValueError unless the layers can be split over the stages, and nothing else is."""
     if run.layout.layers not in ("stage", None):
@@ -174,7 +208,7 @@ def _check_stages(run: Run, sizes: dict[str, int]) -> None:
             f"layout: layers=none leaves nothing to do for mesh.stage={sizes['stage']}"
         )
     for name in vars(run.layout):
-        if name not in ("layers", "vocab") and "stage" in _ways(run, name, sizes):
+        if name not in ("layers", "vocab", "host") and "stage" in _ways(run, name, sizes):
             raise ValueError(
                 f"layout: {name} on stage cannot be: stages hold layers, and share the vocabulary"
             )

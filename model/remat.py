@@ -1,11 +1,13 @@
 """Remat: what a layer keeps of its forward pass for its backward pass; the rest is made again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import Offloadable
 
 from model.kernels import cudnn
+from sharding.offload import HOST
 
 Policy = Callable[..., Any]  # of a primitive, its operands' types and its parameters
 
@@ -22,12 +24,31 @@ GATHERS = ("all_gather", "preduced", "transpose")
 MOVES = ("convert_element_type", "slice", "squeeze", "split", "reshape", "broadcast_in_dim")
 
 
-def policy(remat: str, *, in_flight: bool = False) -> Policy:
+def policy(remat: str, host: Sequence[str] = (), *, in_flight: bool = False) -> Policy:
     """For `jax.checkpoint`. "none" keeps all but what was gathered, which is gathered again.
+
+    The names in `host` wait for the backward pass in host memory, whatever `remat` says of them:
+    those of REMAT, and "input", what a layer begins with.
 
     In a pipeline it keeps nothing that was only cast or moved, as weights are: a stage would keep
     a copy of its own for each micro-batch that is on its way.
     """
+    kept = on_device(remat, in_flight=in_flight)
+    if not host:
+        return kept
+    there = Offloadable(src="device", dst=HOST)
+
+    def where(primitive: Any, *args: Any, **params: Any) -> Any:
+        fused = primitive.name.startswith(cudnn.PRIMITIVE) and "attention" in host
+        if fused or (primitive.name == "name" and params["name"] in host):
+            return there
+        return kept(primitive, *args, **params)
+
+    return where
+
+
+def on_device(remat: str, *, in_flight: bool) -> Policy:
+    """What each kind of remat keeps, all of it on the device."""
     if remat == "none":
         return computed if in_flight else own
     named = jax.checkpoint_policies.save_only_these_names(*REMAT[remat])

@@ -24,7 +24,7 @@ from model.moe import MoeMlp
 from model.remat import Policy, policy
 from model.rope import Rotation, rotation
 from sharding import pipeline, stages
-from sharding.layout import Layout, divides
+from sharding.layout import ACTIVATIONS, Layout, divides
 from sharding.schedule import PipelineConfig, Table
 
 Layer = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]
@@ -135,6 +135,7 @@ class Block(nnx.Module):
             y_BTD, extras["router"] = self.mlp(x_BTD, context.segments)
             return seen("mlp", y_BTD)
 
+        x_BTD = checkpoint_name(x_BTD, "input")
         x_BTD = self.add(attend, x_BTD, self.norm1, self.post1)
         x_BTD = seen("mid", checkpoint_name(x_BTD, "mid"))
         x_BTD = seen("out", self.add(feed_forward, x_BTD, self.norm2, self.post2))
@@ -186,6 +187,7 @@ class Transformer(nnx.Module):
         self.norm = None if arch.norm.placement == "post" else norm()
         self.head = make_head(cfg, layout, rngs)
         self.cfg = cfg
+        self.host = tuple(name for name in layout.host if name in ACTIVATIONS)
 
     def __call__(
         self,
@@ -252,7 +254,7 @@ class Transformer(nnx.Module):
         graphs, stacks = zip(*(nnx.split(block) for block in self.blocks), strict=True)
         rest = [nnx.state(block) for block in self.rest]
         if cache is None:
-            layers, weights, keep = map(pure, graphs), (stacks, rest), policy(cfg.remat)
+            layers, weights, keep = map(pure, graphs), (stacks, rest), policy(cfg.remat, self.host)
         else:
             layers, keep = map(pure_cached, graphs), None
             weights = tuple(

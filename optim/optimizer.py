@@ -13,6 +13,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from optim.config import OptimConfig
 from optim.schedule import make_schedule
+from sharding import offload
 
 
 class Role(Protocol):
@@ -23,21 +24,42 @@ class Role(Protocol):
     inputs: int  # and of inputs, the last ones
 
 
-def make_optimizer(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimConfig, steps: int, roles: Any, *, by_layer: bool = False
+) -> optax.GradientTransformation:
     """Clip, then the optimizer of `cfg.name` with its schedule and weight decay.
 
-    `roles`: a tree of Role, shaped like the parameters.
+    `roles`: a tree of Role, shaped like the parameters. `by_layer`: the moments lie in host memory,
+    and one layer's at a time come to the device.
     """
+    clip = [optax.clip_by_global_norm(cfg.clip)] if cfg.clip else []
+    whole = optax.chain(*clip, *make_links(cfg, steps, roles))
+    if not by_layer:
+        return whole
+
+    def make(roles: Any) -> optax.GradientTransformation:
+        return optax.chain(*make_links(cfg, steps, roles))
+
+    def update(
+        grads: Any, state: Any, params: Any = None, *, good: jax.Array | None = None
+    ) -> tuple[Any, Any]:
+        clipped, own = state[: len(clip)], state[len(clip) :]
+        if clip:
+            grads, clipped = optax.chain(*clip).update(grads, clipped)
+        updates, own = offload.update(make, roles, grads, own, params, good)
+        return updates, clipped + own
+
+    return optax.GradientTransformationExtraArgs(whole.init, update)
+
+
+def make_links(cfg: OptimConfig, steps: int, roles: Any) -> list[optax.GradientTransformation]:
+    """What comes after the clip; of layers none knows of another, save in adafactor."""
     schedule = make_schedule(cfg, steps)
     if cfg.name == "muon":
-        chain = [make_muon(cfg, steps, roles)]
-    else:
-        decays = jax.tree.map(lambda role: role.kind != "vector", roles)
-        decay = optax.add_decayed_weights(cfg.weight_decay, decays)
-        chain = [SCALES[cfg.name](cfg), decay, optax.scale_by_learning_rate(schedule)]
-    if cfg.clip:
-        chain.insert(0, optax.clip_by_global_norm(cfg.clip))
-    return optax.chain(*chain)
+        return [make_muon(cfg, steps, roles)]
+    decays = jax.tree.map(lambda role: role.kind != "vector", roles)
+    decay = optax.add_decayed_weights(cfg.weight_decay, decays)
+    return [SCALES[cfg.name](cfg), decay, optax.scale_by_learning_rate(schedule)]
 
 
 SCALES = {

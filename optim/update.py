@@ -17,6 +17,7 @@ from optim.config import OptimConfig
 from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
 from optim.zero import split_over
+from sharding import offload
 from sharding.gather import Axes
 
 
@@ -28,8 +29,11 @@ class Update(NamedTuple):
     step: Callable[[jax.Array, jax.Array, Any, Any, Any], tuple[Any, Any]]
 
 
-def make_update(cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes = ()) -> Update:
-    """The update that `cfg` asks for; `roles` as of make_optimizer, `seed` of the rounding.
+def make_update(
+    cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes = (), *, by_layer: bool = False
+) -> Update:
+    """The update that `cfg` asks for; `roles` and `by_layer` as of make_optimizer, `seed` of the
+    rounding.
 
     `axes` split a state in float32 further than the parameters.
     """
@@ -43,12 +47,13 @@ def make_update(cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes 
             return lean.step(cfg, when, grads, state, params, roles)
 
         return Update(lambda params: lean.init(cfg, params, roles), step)
-    chain = split_over(make_optimizer(cfg, steps, roles), axes)
+    chain = split_over(make_optimizer(cfg, steps, roles, by_layer=by_layer), axes)
+    chain = optax.with_extra_args_support(chain)
 
     def chained(
         number: jax.Array, good: jax.Array, grads: Any, state: Any, params: Any
     ) -> tuple[Any, Any]:
-        updates, after = chain.update(wide(grads), state, wide(params))
+        updates, after = chain.update(wide(grads), state, wide(params), good=good)
         whole, tree = jax.tree.flatten(params)
         found = [
             rounded(p, p.astype(jnp.float32) + u, rounding.key(seed, number, i))
@@ -62,8 +67,15 @@ def make_update(cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes 
 
 
 def taken(good: jax.Array, after: Any, before: Any) -> Any:
-    """`after` if the step is good, else `before`, bit by bit; it costs what a comparison does."""
-    return jax.tree.map(lambda a, b: lax.select(good, a, b), after, before)
+    """`after` if the step is good, else `before`, bit by bit; it costs what a comparison does.
+
+    Of moments in host memory that was asked while they were on the device (offload.update).
+    """
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a if offload.is_hosted(a) else lax.select(good, a, b)
+
+    return jax.tree.map(one, after, before)
 
 
 def wide(tree: Any) -> Any:

@@ -16,6 +16,10 @@ MeshAxis = str | tuple[str, ...] | None
 # From the slowest network to the fastest: devices along the last axis are neighbours.
 AXES = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
 BUILT = ("dcn", "data", "stage", "fsdp", "expert", "context", "tensor")
+# What a run may keep in its hosts' memory: its moments, the table, and the activations that layers
+# name for their backward pass (model/remat.py).
+ACTIVATIONS = ("input", "qkv", "attention", "mid", "up")
+HOSTED = ("optimizer", "embedding", *ACTIVATIONS)
 SERVING = ("data", "fsdp", "tensor")  # axes that a model can be used on, not only trained
 
 
@@ -33,9 +37,13 @@ class Layout:
     mlp: MeshAxis = "tensor"
     vocab: MeshAxis = ("stage", "tensor")
     optimizer: MeshAxis = None  # its state, beyond what splits the parameters: ZeRO-1
+    host: tuple[str, ...] = ()  # what lies in host memory between its uses: HOSTED
 
     def __post_init__(self):
-        split = {name: axes_of(value) for name, value in vars(self).items()}
+        for name in self.host:
+            if name not in HOSTED:
+                raise ValueError(f"host={name!r} is none of {', '.join(HOSTED)}")
+        split = {name: axes_of(value) for name, value in vars(self).items() if name != "host"}
         for name, axes in split.items():
             for axis in axes:
                 if axis not in AXES:

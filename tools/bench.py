@@ -32,7 +32,7 @@ from costs.eager import Eager
 from costs.energy import Energy
 from costs.memory import human, program_bytes
 from sharding import mesh as meshes
-from sharding import runtime
+from sharding import offload, runtime
 from tools import fusion as fusions
 from tools import ladder
 from tools.plan import sized
@@ -227,6 +227,7 @@ def main(run: Run) -> int:
         data = dataclasses.replace(run.data, documents=FLAGS.documents, across=FLAGS.documents == 1)
         run = dataclasses.replace(sized(run), data=data)
         check(run, jax.device_count())
+        offload.check(run.layout.host, jax.local_devices())
     console = Console(width=120)
     with jax.set_mesh(meshes.make(run.mesh)):
         figures, where = measure(run, FLAGS.documents)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from sharding import offload
 from training import shrunk
 
 
@@ -32,10 +33,12 @@ def output_step(program: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[
         real = (segments if waves.ndim == 2 else jnp.max(segments, axis=1)) > 0
         return jnp.sum(waves * real) / jnp.sum(real), y
 
-    (loss, outputs), grads = jax.value_and_grad(score, has_aux=True)(state.params)
+    (loss, outputs), grads = jax.value_and_grad(score, has_aux=True)(offload.fetch(state.params))
+    params = offload.fetch(state.params, after=grads)
     params, opt_state = program.optimizer.step(
-        state.step, jnp.bool_(True), grads, state.opt_state, state.params
+        state.step, jnp.bool_(True), grads, state.opt_state, params
     )
+    params = offload.put(params, like=state.params)
     metrics = {"loss": loss, "outputs": outputs}
     step = state.step + 1
     return dataclasses.replace(state, step=step, params=params, opt_state=opt_state), metrics

@@ -20,7 +20,7 @@ from configs import load
 from configs.run import Run, differences, from_json
 from data.loader import Loader
 from sharding import mesh as meshes
-from sharding import runtime
+from sharding import offload, runtime
 from text import tokenizer as tokenizers
 
 
@@ -205,7 +205,14 @@ def not_finite(state: Any) -> str:
             for name, leaf in store.flatten(tree).items()
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         }
-        return {name: jnp.sum(~good(leaf), dtype=jnp.int32) for name, leaf in floats.items()}
+
+        def bad(part: jax.Array) -> jax.Array:
+            return jnp.sum(~good(offload.fetch(part)), dtype=jnp.int32)
+
+        return {  # of stacked layers one at a time, lest all come from the host at once
+            name: jnp.sum(jax.lax.map(bad, leaf)) if store.STACKED.search(name) else bad(leaf)
+            for name, leaf in floats.items()
+        }
 
     def counts(params: Any, opt_state: Any) -> tuple[dict, dict]:
         return count(params, jnp.isfinite), count(opt_state, lambda leaf: ~jnp.isnan(leaf))

@@ -13,6 +13,7 @@ from flax import nnx
 from checkpoint.store import flatten
 from model.config import ModelConfig
 from model.transformer import by_layer
+from sharding import offload
 from sharding.stages import stage_count
 
 TENSORS = {  # of a layer, in order
@@ -48,7 +49,7 @@ def looked(program: Any, params: Any, rows: dict[str, jax.Array]) -> dict[str, A
     """How many values of each tensor are not finite: of stacked parameters [L], else scalars."""
     weights = (rows["segments"] > 0).astype(jnp.float32)
     weights /= jnp.maximum(jnp.sum(weights), 1)
-    ids = rows["inputs"], rows["positions"]
+    ids, params = (rows["inputs"], rows["positions"]), offload.fetch(params)
     model = nnx.merge(program.graph, params)
     hidden, extras = model.run(
         *ids, rows["segments"], documents=program.documents, keep=("finite",)

@@ -17,6 +17,7 @@ from inference.sampling import sample
 from model import transformer
 from monitor import report
 from sharding import mesh as meshes
+from sharding import offload
 from sharding.schedule import Table
 from sharding.stages import stage_count
 from training.loop import Loop
@@ -71,7 +72,7 @@ def finish(loop: Loop, workdir: Path) -> None:
         whole = dataclasses.replace(run.layout, sequence=None)  # a text that grows is not split
         graph, _, _ = transformer.abstract(run.model, whole)
         ids = sample(
-            lambda params, *rows: nnx.merge(graph, params).logits(*rows),
+            lambda params, *rows: nnx.merge(graph, offload.fetch(params)).logits(*rows),
             loop.state.params,
             [loop.text.tokenizer.end, *prompt.tolist()],
             tokens=run.sample.tokens,

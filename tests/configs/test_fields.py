@@ -61,7 +61,7 @@ def candidates(kind, value):
     return {
         tuple[int, ...]: [(1024, 1024, 0)],
         tuple[float, ...]: [(0.1,), (0.1, 1e-7)],
-        tuple[str, ...]: [("a/b.txt", "c d"), ("stdlib", "x")],
+        tuple[str, ...]: [("a/b.txt", "c d"), ("stdlib", "x"), ("optimizer", "mid")],
     }[kind]
 
 
