@@ -17,7 +17,9 @@ from jax import lax
 from model.config import Head, ModelConfig
 from model.layers import Linear, Role, aligned, make_norm, normal
 from model.matmul import einsum
+from model.matmul.table import Table
 from model.mlp import CURVES
+from model.precision import BF16, Passes
 from sharding.gather import axes_of, without
 from sharding.layout import Layout
 
@@ -33,12 +35,13 @@ class LanguageHead(nnx.Module):
             else normal(rngs, shape, where, cfg.arch.init.head, cfg.param_dtype)
         )
         self.table = None if own is None else nnx.Param(own, role=Role("head"))
-        self.head = cfg.arch.head
+        self.head, self.passes = cfg.arch.head, cfg.precision.head
         self.out = layout.spec("batch", "sequence", "vocab")
 
     def logits(self, x_BTD: jax.Array, table_VD: jax.Array) -> jax.Array:
         """[B, T, V] float32: for generation, and as the oracle of `loss`."""
-        z_BTV = einsum("BTD,VD->BTV", x_BTD, table_VD, out=self.out).astype(jnp.float32)
+        z_BTV = einsum("BTD,VD->BTV", x_BTD, table_VD, out=self.out, passes=self.passes)
+        z_BTV = z_BTV.astype(jnp.float32)
         return cap(z_BTV, self.head.softcap)
 
     def loss(
@@ -49,13 +52,14 @@ class LanguageHead(nnx.Module):
         Nats is -log softmax(logits)[target]; z-loss, log(Z)^2, keeps logits from drifting.
         Nothing flows back from the second sum, nor to the weights.
         """
-        return chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, self.head)
+        return chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, self.head, self.passes)
 
 
 def square(cfg: ModelConfig, layout: Layout, rngs: nnx.Rngs) -> Linear:
     """The dense layer, D to D, of a head that is more than one matmul."""
     sizes, axes = {"D": cfg.embed, "E": cfg.embed}, {"D": "embed"}
-    return Linear("BTD,ED->BTE", sizes, axes, layout, rngs, dtype=cfg.param_dtype, bias=True)
+    how = {"dtype": cfg.param_dtype, "bias": True, "passes": cfg.precision.head}
+    return Linear("BTD,ED->BTE", sizes, axes, layout, rngs, **how)
 
 
 class MaskedHead(LanguageHead):
@@ -127,21 +131,21 @@ def cap(z: jax.Array, softcap: float) -> jax.Array:
     return softcap * jnp.tanh(z / softcap) if softcap else z
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, head: Head):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def chunked_loss(x_BTD, table_VD, targets_BT, weights_BT, head: Head, passes: Passes = BF16):
     """LanguageHead.loss. Differentiated, the forward pass computes the gradients too.
 
     Logits of one chunk live at a time and are never computed twice: three matmuls in all, as many
     as with all the logits in memory.
     """
-    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, gradients=False)[0]
+    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, gradients=False)[0]
 
 
-def _chunked_loss_fwd(x_BTD, table_VD, targets_BT, weights_BT, head):
-    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, gradients=True)
+def _chunked_loss_fwd(x_BTD, table_VD, targets_BT, weights_BT, head, passes):
+    return over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, gradients=True)
 
 
-def _chunked_loss_bwd(head, gradients, cotangents):
+def _chunked_loss_bwd(head, passes, gradients, cotangents):
     g, _ = cotangents
     dx_BTD, dtable_VD = gradients
     return (dx_BTD * g).astype(dx_BTD.dtype), (dtable_VD * g).astype(dtable_VD.dtype), None, None
@@ -150,7 +154,7 @@ def _chunked_loss_bwd(head, gradients, cotangents):
 chunked_loss.defvjp(_chunked_loss_fwd, _chunked_loss_bwd)
 
 
-def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradients: bool):
+def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, *, gradients: bool):
     """((loss, nats), (dx, dtable) or None): each device works through its own rows and its own
     part of the vocabulary."""
     x_spec, table_spec = jax.typeof(x_BTD).sharding.spec, jax.typeof(table_VD).sharding.spec
@@ -160,6 +164,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradien
     local = functools.partial(
         local_loss,
         head=head,
+        passes=passes,
         gradients=gradients,
         rows=axes_of(rows[0]) + axes_of(rows[1]),
         vocab=vocab,
@@ -182,7 +187,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head: Head, *, gradien
 
 
 def local_loss(
-    x_BTD, table_vd, targets_BT, weights_BT, *, head, gradients, rows, vocab, summed, embed
+    x_BTD, table_vd, targets_BT, weights_BT, *, head, passes, gradients, rows, vocab, summed, embed
 ):
     """One device's part of `over_devices`; rows, vocab, embed: the mesh axes that split them, and
     `summed`: those of vocab over which the gradient of x is summed here."""
@@ -195,10 +200,8 @@ def local_loss(
         return jnp.pad(a, ((0, chunks * C - N), *((0, 0) for _ in shape))).reshape(-1, C, *shape)
 
     xs, targets, weights = in_chunks(x_BTD, D), in_chunks(targets_BT), in_chunks(weights_BT)
-    # Devices talk: the table's slices of D are gathered, in compute precision.
-    table_vD = table_vd.astype(x_BTD.dtype)
-    table_vD = lax.all_gather(table_vD, embed, axis=1, tiled=True) if embed else table_vD
-    v = table_vD.shape[0]
+    table = Table.gather(table_vd, x_BTD.dtype, passes, embed, vocab)
+    v = len(table_vd)
     first = lax.axis_index(vocab) * v if vocab else 0
 
     def over_vocab(collective, a):
@@ -207,8 +210,7 @@ def local_loss(
     def one_chunk(carry, chunk):
         sums, dtable_Dv = carry
         x_CD, target_C, weight_C = chunk
-        raw_Cv = jnp.einsum("CD,vD->Cv", x_CD, table_vD, preferred_element_type=head.logits)
-        z_Cv = cap(raw_Cv.astype(jnp.float32), head.softcap)
+        z_Cv = cap(table.logits(x_CD, head.logits).astype(jnp.float32), head.softcap)
         # Devices talk: each holds part of the vocabulary, and softmax needs all of it.
         top_C = over_vocab(lax.pmax, jnp.max(z_Cv, axis=-1))
         exp_Cv = jnp.exp(z_Cv - top_C[:, None])
@@ -230,9 +232,9 @@ def local_loss(
         if head.softcap:
             dz_Cv *= 1 - (z_Cv / head.softcap) ** 2
         dz_Cv = dz_Cv.astype(x_CD.dtype)
-        dx_CD = jnp.einsum("Cv,vD->CD", dz_Cv, table_vD)
+        dx_CD = table.dgrad(dz_Cv)
         dx_CD = lax.psum(dx_CD, summed) if summed else dx_CD
-        dtable_Dv += jnp.einsum("Cv,CD->Dv", dz_Cv, x_CD, preferred_element_type=jnp.float32)
+        dtable_Dv += table.wgrad(dz_Cv, x_CD)
         return (sums, dtable_Dv), dx_CD
 
     sums = tuple(

@@ -39,6 +39,11 @@ class Format(NamedTuple):
         return self.kind == "bf16"
 
     @property
+    def fp8(self) -> bool:
+        """Whether numbers are floating."""
+        return self.kind == "fp8"
+
+    @property
     def weights_only(self) -> bool:
         """Whether activations are not rounded, and products not in 8 bits."""
         return self.kind in ("w8", "w4")
@@ -74,12 +79,12 @@ class Passes:
 
     @classmethod
     def by_name(cls, name: str) -> "Passes":
-        """What a preset does in hidden layers."""
+        """What a preset does in a feed-forward."""
         return Precision.by_name(name).mlp
 
     @property
     def name(self) -> str:
-        """Of the preset that does this in hidden layers; empty: of none."""
+        """Of the preset that does this in a feed-forward; empty: of none."""
         return next((name for name, every in PRESETS.items() if every.mlp == self), "")
 
     @property
@@ -94,6 +99,13 @@ class Precision:
 
     attention: Passes = Passes()  # to queries, keys and values, and back
     mlp: Passes = Passes()
+    head: Passes = Passes()  # over the vocabulary; no groups
+
+    def __post_init__(self):
+        for name in ("forward", "dgrad", "wgrad"):
+            text = getattr(self.head, name)
+            if Format.parse(text).group:
+                raise ValueError(f"head: {name}={text!r} has groups, which are of hidden layers")
 
     @classmethod
     def by_name(cls, name: str) -> "Precision":

@@ -24,20 +24,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from model.matmul.plan import Plan
 from model.matmul.rounded import (
-    OF_GRADIENTS,
     OF_VALUES,
     Operand,
     Rounded,
     Rounding,
     block_of,
-    exact,
     multiplied,
+    of_gradients,
     tokens_together,
+    turned_back,
 )
 from model.precision import Format, Passes
 from sharding.gather import Axes, axes_of, gathered, scattered
@@ -143,7 +142,7 @@ def _backward(
         turned = [a.T for a in (x_RI, *dys_RO)]
     else:
         block = tokens_together(x.shape[-way.inputs - 1], len(x_RI), form)
-        of_dy = Rounding(OF_GRADIENTS[form.kind], block, stochastic=stochastic(way))
+        of_dy = of_gradients(form, way.passes, block)
         turned = [Rounding(OF_VALUES[form.kind], block).by_column(x_RI)]
         turned += [of_dy.by_column(dy_RO) for dy_RO in dys_RO]
     dws = []
@@ -158,23 +157,13 @@ def _backward(
 def dgrad(way: Way, dy_RO: jax.Array, w: jax.Array) -> jax.Array:
     """[R, I]: dy times the weight that the forward pass saw."""
     form, seen = Format.parse(way.passes.dgrad), Format.parse(way.passes.forward)
-    if form.exact:
-        w_OI = exact(weight(way, w, seen, dy_RO.dtype), dy_RO.dtype)
-        return multiplied(dy_RO, w_OI.T, dy_RO.dtype)
-    rounding = Rounding(OF_GRADIENTS[form.kind], 0, way.left(way.outer), stochastic=stochastic(way))
-    seen = form if seen.exact else seen
-    if not (form.group or seen.group) and (form.kind == "fp8") == (seen.kind == "fp8"):
-        w_OI = weight(way, w, seen, dy_RO.dtype)
-        ones_I = jnp.ones_like(w_OI.values[0], jnp.float32)
-        by_token = rounding.by_row(dy_RO, times=w_OI.scales)
-        return multiplied(by_token, Rounded(w_OI.values.T, ones_I), dy_RO.dtype)
+    rounding = of_gradients(form, way.passes, over=way.left(way.outer))
+    saw = form if seen.exact else seen
+    if rounding is None or not (form.group or saw.group or form.fp8 != saw.fp8):
+        w_OI = weight(way, w, seen if rounding is None else saw, dy_RO.dtype)
+        return turned_back(dy_RO, w_OI, rounding)
     wT_IO = weight_turned(way, w, form)
     return multiplied(rounding._replace(block=wT_IO.block).by_row(dy_RO), wT_IO, dy_RO.dtype)
-
-
-def stochastic(way: Way) -> bool:
-    """Whether gradients are rounded by chance."""
-    return way.passes.rounding == "stochastic"
 
 
 def matrix(x: jax.Array, inputs: int) -> jax.Array:

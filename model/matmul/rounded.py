@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.kernels import int8, quantize
-from model.precision import Format
+from model.precision import Format, Passes
 from sharding.gather import Axes
 
 EXACT = 1 << 17  # products of two int8 numbers whose sum int32 holds
@@ -55,6 +55,25 @@ class Rounding(NamedTuple):
             return self.by_row(x_KR.T)
         how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
         return Rounded(*quantize.columns(x_KR, **how), self.block)
+
+
+def of_gradients(form: Format, passes: Passes, block: int = 0, over: Axes = ()) -> Rounding | None:
+    """How dy is rounded to a format; None: not at all."""
+    if form.exact:
+        return None
+    return Rounding(OF_GRADIENTS[form.kind], block, over, passes.rounding == "stochastic")
+
+
+def turned_back(dy_RN: jax.Array, w_NK: Operand, rounding: Rounding | None) -> jax.Array:
+    """[R, K]: dy w, of a weight with scales of its outputs: one each, if dy is rounded.
+
+    These belong to the contracted dim here: they go to dy before that is rounded.
+    """
+    if rounding is None:
+        return multiplied(dy_RN, exact(w_NK, dy_RN.dtype).T, dy_RN.dtype)
+    by_token = rounding.by_row(dy_RN, times=w_NK.scales)
+    ones_K = jnp.ones_like(w_NK.values[0], jnp.float32)
+    return multiplied(by_token, Rounded(w_NK.values.T, ones_K), dy_RN.dtype)
 
 
 def multiplied(x_RK: Operand, w_NK: Operand, dtype: jax.typing.DTypeLike) -> jax.Array:

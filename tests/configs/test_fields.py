@@ -23,6 +23,7 @@ NEEDS = {
     "model.arch.embeddings.first": {"model.arch.embeddings.positions": "8"},
     "model.precision.attention.rounding": {"model.precision.attention.wgrad": "int8"},
     "model.precision.mlp.rounding": {"model.precision.mlp.wgrad": "int8"},
+    "model.precision.head.rounding": {"model.precision.head.wgrad": "int8"},
     "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")

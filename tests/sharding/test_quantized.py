@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding
 
 import train
 from costs.collectives import collectives
+from model.config import Head
+from model.heads import chunked_loss
 from model.matmul import einsum, einsums
-from model.precision import INT8, Precision
+from model.precision import BF16, INT8, Passes, Precision
 from tests.sharding.tiny import MODEL, init, losses, mesh_of, run_of
 from tests.tolerance import assert_same
 
@@ -73,7 +75,7 @@ def exact_dots(text):
 def test_scales_and_so_values_are_those_of_one_device(one, sizes, apart):
     found, before, after = feed_forward(sizes, apart=apart)
     assert_same(found, one)
-    loop = B > sizes[0] * sizes[1]  # over rows of the batch, each with scales of its own in wgrad
+    loop = sizes[0] * sizes[1] < B  # over rows of the batch, each with scales of its own in wgrad
     assert len(exact_dots(before)) == 3 * (4 if loop else 3)
     talk = [c for c in collectives(after) if c.group == sizes[1]]
     weight = D * F // sizes[2]
@@ -106,3 +108,46 @@ def test_a_rounded_run_learns_as_an_exact_one_does_on_a_mesh_as_on_one_device():
     # A sum in another order moves some numbers across the border between two that are rounded to.
     assert abs(on_mesh[0] - rounded[0]) < 1e-5
     assert np.abs(on_mesh - rounded).max() < 0.05 * learned
+
+
+def head_loss(sizes, passes):
+    """Loss, and the gradients of hidden states and of a table, of a head over the vocabulary."""
+    draw = np.random.default_rng(0)
+    V, rows = 64, ("data", "fsdp")
+    arrays = [
+        draw.normal(size=(B, T, D)).astype(np.float32),
+        draw.normal(size=(V, D)).astype(np.float32),
+        draw.integers(0, V, (B, T), dtype=np.int32),
+        np.full((B, T), 1 / (B * T), np.float32),
+    ]
+    where = (jax.P(rows, None, None), jax.P("tensor", "fsdp"), jax.P(rows, None), jax.P(rows, None))
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, spec))
+            for a, spec in zip(arrays, where, strict=True)
+        ]
+
+        def loss(x, w, *rest):
+            return chunked_loss(x, w, *rest, Head(chunk=5), passes)[0]
+
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        text = step.lower(*placed).as_text()
+        value, (dx, dw) = step(*placed)
+        return {"loss": value, "dx": jax.device_get(dx), "dw": jax.device_get(dw)}, text
+
+
+@pytest.mark.slow
+def test_the_head_rounds_too_and_its_loss_is_that_of_one_device():
+    passes = Passes("int8", "int8", "int8")
+    exact, _ = head_loss((1, 1, 1), BF16)
+    one, text = head_loss((1, 1, 1), passes)
+    many, _ = head_loss((2, 2, 2), passes)
+    assert len(exact_dots(text)) == 3
+    for name, most in {"loss": 5e-3, "dx": 0.03, "dw": 0.03}.items():
+        error = np.linalg.norm(one[name] - exact[name]) / np.linalg.norm(exact[name])
+        assert 1e-5 < error < most
+    assert_same([many["loss"], many["dx"]], [one["loss"], one["dx"]])
+    # Scales of the table's gradient are of a chunk of one device's tokens.
+    error = np.linalg.norm(many["dw"] - one["dw"]) / np.linalg.norm(one["dw"])
+    assert error < 0.03
