@@ -28,8 +28,9 @@ from optim.schedule import make_schedule
 from optim.update import Update, make_update
 from sharding import context, offload, runtime
 from sharding import mesh as meshes
-from sharding.gather import axes_of
+from sharding.gather import Axes, axes_of
 from sharding.stages import stage_count
+from sharding.zero import lent, own
 from training import twice
 from training.guard import Guard
 from training.lock import Lock
@@ -95,7 +96,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
         return model.loss(**rows, documents=program.documents)
 
     def gradient(rows: Batch) -> tuple[dict, Any]:
-        (_, told), grads = jax.value_and_grad(loss, has_aux=True)(params, rows)
+        (_, told), grads = program.gradient(loss, params, rows)
         return told, grads
 
     if staged:
@@ -109,8 +110,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
             return jax.tree.map(jnp.add, sums, gradient(rows)), None
 
         first = jax.tree.map(lambda rows: rows[0], parts)
-        told, _ = jax.eval_shape(gradient, first)
-        zero = jax.tree.map(jnp.zeros_like, (told, params))
+        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, first))
         (told, grads), _ = jax.lax.scan(add, zero, parts)
 
     nats, size = told.pop("nats"), norm(grads)
@@ -160,6 +160,7 @@ class Program:
     graph: nnx.GraphDef
     optimizer: Update
     schedule: Callable[[jax.Array], jax.Array]  # step's number to learning rate
+    roles: Any = None  # of the parameters
     state: State = None  # shapes and shardings
 
     @property
@@ -171,6 +172,24 @@ class Program:
     def rows(self) -> NamedSharding:
         """Where the rows of a batch live."""
         return NamedSharding(jax.sharding.get_mesh(), self.run.layout.spec("batch", "sequence"))
+
+    @property
+    def sums(self) -> Axes:
+        """The mesh axes over which gradients are summed to where the optimizer's part lies."""
+        layout = self.run.layout
+        rows = axes_of(layout.batch) + axes_of(layout.sequence)
+        # A pipeline sums the gradients of its micro-batches whole.
+        return () if stage_count() > 1 else tuple(a for a in axes_of(layout.optimizer) if a in rows)
+
+    def gradient(self, loss: Any, params: Any, *args: Any) -> tuple[Any, Any]:
+        """`jax.value_and_grad(loss, has_aux=True)`, of weights summed to where `sums` says."""
+
+        def given(weight: jax.Array, role: Any) -> jax.Array:
+            return weight if role.kind == "vector" else lent(weight, self.sums)
+
+        params = jax.tree.map(given, params, self.roles)
+        found, grads = jax.value_and_grad(loss, has_aux=True)(params, *args)
+        return found, own(grads, self.sums)
 
     def batch(self) -> Batch:
         """The shapes of a batch."""
@@ -237,7 +256,7 @@ def build(run: Run) -> Program:
     axes = axes_of(run.layout.optimizer)
     by_layer = "optimizer" in run.layout.host
     optimizer = make_update(run.optim, run.steps, roles, run.seed, axes, by_layer=by_layer)
-    program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps))
+    program = Program(run, graph, optimizer, make_schedule(run.optim, run.steps), roles)
     whole = NamedSharding(jax.sharding.get_mesh(), jax.P())
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

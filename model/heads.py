@@ -20,7 +20,7 @@ from model.matmul import einsum
 from model.matmul.table import Table
 from model.mlp import CURVES
 from model.precision import BF16, Passes
-from sharding.gather import axes_of, without
+from sharding.gather import axes_of, varying, without
 from sharding.layout import Layout
 
 
@@ -148,7 +148,9 @@ def _chunked_loss_fwd(x_BTD, table_VD, targets_BT, weights_BT, head, passes):
 def _chunked_loss_bwd(head, passes, gradients, cotangents):
     g, _ = cotangents
     dx_BTD, dtable_VD = gradients
-    return (dx_BTD * g).astype(dx_BTD.dtype), (dtable_VD * g).astype(dtable_VD.dtype), None, None
+    parts = jax.typeof(dtable_VD).sharding.spec.unreduced  # of a sum; g is that of all of them
+    dtable_VD = (dtable_VD * jax.reshard(g, jax.P(reduced=parts))).astype(dtable_VD.dtype)
+    return (dx_BTD * g).astype(dx_BTD.dtype), dtable_VD, None, None
 
 
 chunked_loss.defvjp(_chunked_loss_fwd, _chunked_loss_bwd)
@@ -158,7 +160,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, *, gradi
     """((loss, nats), (dx, dtable) or None): each device works through its own rows and its own
     part of the vocabulary."""
     x_spec, table_spec = jax.typeof(x_BTD).sharding.spec, jax.typeof(table_VD).sharding.spec
-    vocab, tokens = axes_of(table_spec[0]), axes_of(x_spec[1])
+    vocab, tokens = axes_of(table_spec.partitions[0]), axes_of(x_spec[1])
     apart = tuple(axis for axis in tokens if axis in vocab)  # each part of V meets all tokens
     rows = jax.P(x_spec[0], without(x_spec[1], apart))
     local = functools.partial(
@@ -169,7 +171,7 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, *, gradi
         rows=axes_of(rows[0]) + axes_of(rows[1]),
         vocab=vocab,
         summed=tuple(axis for axis in vocab if axis not in apart),
-        embed=axes_of(table_spec[1]),
+        embed=axes_of(table_spec.partitions[1]),
     )
 
     def body(x_BTD, *others):
@@ -182,7 +184,8 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, *, gradi
         return sums, found
 
     targets_BT, weights_BT = (jax.reshard(a, rows) for a in (targets_BT, weights_BT))
-    out = (jax.P(), jax.P()), ((x_spec, table_spec) if gradients else None)
+    dtable_spec = jax.P(*table_spec.partitions, unreduced=table_spec.reduced)
+    out = (jax.P(), jax.P()), ((x_spec, dtable_spec) if gradients else None)
     return jax.shard_map(body, out_specs=out)(x_BTD, table_VD, targets_BT, weights_BT)
 
 
@@ -200,7 +203,7 @@ def local_loss(
         return jnp.pad(a, ((0, chunks * C - N), *((0, 0) for _ in shape))).reshape(-1, C, *shape)
 
     xs, targets, weights = in_chunks(x_BTD, D), in_chunks(targets_BT), in_chunks(weights_BT)
-    table = Table.gather(table_vd, x_BTD.dtype, passes, embed, vocab)
+    table = Table.gather(varying(table_vd), x_BTD.dtype, passes, embed, vocab)
     v = len(table_vd)
     first = lax.axis_index(vocab) * v if vocab else 0
 
@@ -242,9 +245,7 @@ def local_loss(
     )
     dtable_Dv = None  # D first, so that its parts lie together when they are scattered
     if gradients:
-        dtable_Dv = jnp.zeros((D, v), jnp.float32)
-        varying = (*rows, *vocab)
-        dtable_Dv = lax.pcast(dtable_Dv, varying, to="varying") if varying else dtable_Dv
+        dtable_Dv = lax.pcast(jnp.zeros((D, v), jnp.float32), (*rows, *vocab), to="varying")
     (sums, dtable_Dv), dxs = lax.scan(
         one_chunk, (sums, dtable_Dv), (xs, targets, weights), unroll=chunks == 1
     )
@@ -254,9 +255,11 @@ def local_loss(
         return sums, None
     dx_BTD = dxs.reshape(-1, D)[:N].reshape(x_BTD.shape)
     # Devices talk: the table's gradient is reduce-scattered to where its slices of D live.
-    copies = tuple(axis for axis in rows if axis not in embed)
+    parts = tuple(jax.typeof(table_vd).mat.reduced)  # whose sum is for others to make
+    copies = tuple(axis for axis in rows if axis not in embed + parts)
     dtable_dv = (
         lax.psum_scatter(dtable_Dv, embed, scatter_dimension=0, tiled=True) if embed else dtable_Dv
     )
     dtable_dv = lax.psum(dtable_dv, copies) if copies else dtable_dv
-    return sums, (dx_BTD, dtable_dv.T.astype(table_vd.dtype))
+    dtable_vd = dtable_dv.T.astype(table_vd.dtype)
+    return sums, (dx_BTD, lax.pcast(dtable_vd, parts, to="unreduced"))

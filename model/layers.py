@@ -17,7 +17,7 @@ from model import config
 from model.matmul import einsum, einsums
 from model.precision import BF16, Passes
 from sharding import stages
-from sharding.gather import axes_of, without
+from sharding.gather import axes_of, varying, without
 from sharding.layout import Layout
 
 
@@ -189,7 +189,7 @@ class Embedding(nnx.Module):
         the sums scattered if `out` wants tokens apart.
         """
         spec = jax.typeof(self.table[...]).sharding.spec
-        vocab, embed = (axes_of(dim) for dim in spec)
+        vocab, embed = (axes_of(dim) for dim in spec.partitions)
         # An axis that splits the vocabulary has all ids until the sum over it is scattered.
         where = jax.P(out[0], without(out[1], vocab))
         apart = tuple(axis for axis in axes_of(out[1]) if axis in vocab)
@@ -197,6 +197,7 @@ class Embedding(nnx.Module):
 
         def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
+            table_vd = varying(table_vd)
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
             # In float32, since the gradient sums all rows of a token: in bfloat16 a sum of hundreds
             # would stop growing.

@@ -20,7 +20,7 @@ from model.mlp import GATES
 from model.remat import from_arguments
 from sharding import stages
 from sharding.expert import Copies, Exchange, collect, spread
-from sharding.gather import axes_of, without
+from sharding.gather import axes_of, varying, without
 from sharding.layout import Layout
 
 Stats = dict[str, jax.Array]
@@ -46,7 +46,7 @@ class Split(NamedTuple):
         """A device's part of a weight with D, its `dim`, whole, to meet rows split over `rows`."""
         copies = tuple(axis for axis in rows if axis not in self.embed)
         # Devices talk, backward: gradients are reduce-scattered, then summed over the copies.
-        weight = lax.pcast(weight, copies, to="varying")
+        weight = varying(weight, copies)
         # Devices talk: D is gathered, in compute precision.
         return lax.all_gather(weight, self.embed, axis=dim, tiled=True) if self.embed else weight
 
@@ -84,7 +84,7 @@ class MoeMlp(nnx.Module):
         weights = [linear.weight[...] for linear in (self.router, self.gate_up, self.down)]
         where = jax.typeof(x_BTD).sharding.spec
         stage = (stages.STAGE,) * stages.in_flight(x_BTD)  # what weights and statistics lead with
-        spec_ECFD = jax.typeof(weights[1]).sharding.spec[len(stage) :]
+        spec_ECFD = jax.typeof(weights[1]).sharding.spec.partitions[len(stage) :]
         apart = tuple(axis for axis in axes_of(where[1]) if axis in axes_of(spec_ECFD[2]))
         rows = jax.P(where[0], without(where[1], apart))
         split = Split(

@@ -5,6 +5,7 @@ that: on a (data, fsdp) mesh XLA turns its transpose into an all-reduce and a sl
 all-gather stands here by name, and so does what its transpose becomes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,16 @@ def without(dim: Any, axes: Axes) -> Any:
     return left[0] if len(left) == 1 else left or None
 
 
+def varying(weight: jax.Array, axes: Axes = ()) -> jax.Array:
+    """Inside a shard_map: `weight`, to meet what differs along `axes`; nothing moves.
+
+    Backward its gradients are summed over `axes`, but not over what it is `reduced` over.
+    """
+    reduced = tuple(jax.typeof(weight).mat.reduced)
+    weight = lax.pcast(weight, reduced, to="varying")
+    return lax.pcast(weight, tuple(axis for axis in axes if axis not in reduced), to="varying")
+
+
 def gather(weight: Any, rows: Axes) -> Any:
     """`weight` whole along the mesh axes `rows`, over which the activations' rows are split.
 
@@ -43,20 +54,20 @@ def gather(weight: Any, rows: Axes) -> Any:
 
     def gather_array(w: jax.Array) -> jax.Array:
         spec = jax.typeof(w).sharding.spec
-        split = [axis for dim in spec for axis in axes_of(dim)]
+        split = {axis for dim in spec.partitions for axis in axes_of(dim)} | spec.reduced
         copies = tuple(axis for axis in rows if axis not in split)
 
         def local(w: jax.Array) -> jax.Array:
             w = lax.pcast(w, copies, to="reduced") if copies else w
-            return gathered(w, spec, rows, to="reduced")
+            return gathered(w, spec.partitions, rows, to="reduced")
 
-        whole = jax.P(*(without(dim, rows) for dim in spec), reduced=set(rows))
+        whole = jax.P(*(without(dim, rows) for dim in spec.partitions), reduced=set(rows))
         return jax.shard_map(local, in_specs=spec, out_specs=whole)(w)
 
     return jax.tree.map(gather_array, weight)
 
 
-def gathered(w: jax.Array, spec: jax.P, rows: Axes, to: str = "varying") -> jax.Array:
+def gathered(w: jax.Array, spec: Sequence, rows: Axes, to: str = "varying") -> jax.Array:
     """A device's part of a weight that lies as `spec` says, whole along `rows`; in a shard_map."""
     for i, dim in enumerate(spec):
         axes = tuple(axis for axis in axes_of(dim) if axis in rows)
@@ -67,7 +78,7 @@ def gathered(w: jax.Array, spec: jax.P, rows: Axes, to: str = "varying") -> jax.
     return w
 
 
-def scattered(dw: jax.Array, spec: jax.P, rows: Axes) -> jax.Array:
+def scattered(dw: jax.Array, spec: Sequence, rows: Axes) -> jax.Array:
     """The sum over `rows` of a gradient, of which each device gets the part that `spec` gives it.
 
     In a shard_map; the transpose of `gather`.

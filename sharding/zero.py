@@ -1,13 +1,14 @@
 """ZeRO-1: of what an optimizer keeps, each copy of a parameter holds and updates a part of its own.
 
-Rajbhandari et al. 2019, arXiv:1910.02054. Parameters are whole on every device along `data`, and so
-are their gradients; moments need not be. Each device takes its part of gradient and parameter,
-updates that, and gathers the updates of all.
+Rajbhandari et al. 2019, arXiv:1910.02054. Parameters are whole on every device along `data`;
+moments need not be. Each device takes its part of the gradient's sum over `data` and of the
+parameter, updates that, and gathers the updates of all.
 """
 
 from typing import Any
 
 import jax
+from jax import lax
 
 from sharding.gather import Axes, axes_of, without
 from sharding.layout import divides
@@ -18,7 +19,7 @@ def apart_spec(shape: tuple[int, ...], spec: jax.P, axes: Axes) -> jax.P:
 
     Of stacked weights that is their layers: an optimizer for matrices then has whole ones.
     """
-    dims = [axes_of(dim) for dim in (*spec, *[None] * (len(shape) - len(spec)))]
+    dims = [axes_of(dim) for dim in (*spec.partitions, *[None] * (len(shape) - len(spec)))]
     for axis in axes:
         if any(axis in dim for dim in dims):
             continue
@@ -30,15 +31,48 @@ def apart_spec(shape: tuple[int, ...], spec: jax.P, axes: Axes) -> jax.P:
     return jax.P(*(without(dim, ()) for dim in dims))
 
 
-def own(tree: Any, axes: Axes) -> Any:
-    """Each array as `apart_spec` splits it: copies let go of what others keep. Nothing moves."""
+def several(axes: Axes) -> Axes:
+    """Those of `axes` with more than one device."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    axes = tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+    return tuple(axis for axis in axes if sizes.get(axis, 1) > 1)
+
+
+def lent(weight: jax.Array, axes: Axes) -> jax.Array:
+    """`weight` to differentiate by: its gradient will be each device's own part of a sum over those
+    of `axes` that `apart_spec` adds. It can only enter a matmul, or what takes `varying` weights.
+    """
+    spec = jax.typeof(weight).sharding.spec
+    apart = apart_spec(weight.shape, spec, several(axes))
+    split, before = ({axis for dim in dims for axis in axes_of(dim)} for dims in (apart, spec))
+    more = split - before
+    return jax.reshard(weight, jax.P(*spec, reduced=more)) if more else weight
+
+
+def own(tree: Any, axes: Axes) -> Any:
+    """Each array as `apart_spec` splits it. Copies let go of what others keep, and nothing moves;
+    of a sum whose parts are apart each device gets its own piece."""
+    axes = several(axes)
 
     def part(a: jax.Array) -> jax.Array:
-        return jax.reshard(a, apart_spec(a.shape, jax.typeof(a).sharding.spec, axes))
+        spec = jax.typeof(a).sharding.spec
+        apart = apart_spec(a.shape, spec, axes)
+        return scattered(a, apart) if spec.unreduced else jax.reshard(a, apart)
 
     return jax.tree.map(part, tree) if axes else tree
+
+
+def scattered(a: jax.Array, apart: jax.P) -> jax.Array:
+    """The sum of a, `unreduced` over axes that split it in `apart`."""
+    sums = jax.typeof(a).sharding.spec.unreduced
+
+    def local(a: jax.Array) -> jax.Array:
+        for i, dim in enumerate(apart):
+            if axes := tuple(axis for axis in axes_of(dim) if axis in sums):
+                # Devices talk: gradients are summed to where their part of the optimizer lies.
+                a = lax.psum_scatter(a, axes, scatter_dimension=i, tiled=True)
+        return a
+
+    return jax.shard_map(local, out_specs=apart)(a)
 
 
 def whole(tree: Any, like: Any) -> Any:

@@ -11,15 +11,17 @@ A head without a training loss is trained on the mean of 1 + sin(y_k + k) over i
 tokens that are no padding, and its outputs are compared as well. Experts: parameters are drawn such
 that each token prefers its experts by a wide margin, so every mesh makes the same choices.
 
+A mesh of several stages has at least as many layers and micro-batches, and is compared with one
+device that has as many. Processes share the meshes; one that crashes is a mesh that fails.
+
 Exit code 1 if a difference is above 1e-5.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import math
+import os
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +42,7 @@ from sharding import mesh as meshes
 from sharding import runtime
 from sharding.layout import AXES, BUILT
 from sharding.mesh import MeshConfig
+from tools.crew import Crew
 from training import moments, shrunk
 
 TOLERANCE = 1e-5  # the same values, summed in another order
@@ -61,6 +64,10 @@ flags.DEFINE_list("aot", [], f"Also compile for: {targets.known()}", flag_values
 flags.DEFINE_string(
     "platform", "cpu", "cpu simulates its devices; cuda or tpu must have them", flag_values=FLAGS
 )
+flags.DEFINE_integer(
+    "jobs", None, "Processes that share the meshes; 0: this one. Default on CPU as many as cores",
+    flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_boolean("verbose", False, "Bytes of each parameter", flag_values=FLAGS)
 
 
@@ -321,64 +328,117 @@ def tables(rows: list[Row], verbose: bool) -> Iterator[str]:
             yield table(["mesh", name], why)
 
 
-def main(recipe: Run) -> int:
-    """Compare and print; the exit code."""
-    with command.user_input():
-        count = FLAGS.devices
-        if count < 1 or FLAGS.steps < 1:
-            raise ValueError(f"--devices={count} and --steps={FLAGS.steps} must be at least 1")
-        recipe = dataclasses.replace(recipe, model=model_of(recipe))
-        wanted = meshes_of(FLAGS.meshes, count)
-        devices = find_devices(FLAGS.platform, count)
-        for target in FLAGS.aot:
-            if len(targets.devices_of(target)) != count:
-                raise ValueError(f"--aot={target} has not --devices={count} devices; give as many")
-        stages = math.lcm(*(mesh.stage for mesh in wanted))
-        run = shrunk.shrunk_run(recipe, count, FLAGS.steps, stages=stages)
-    options = CPU_OPTIONS if FLAGS.platform == "cpu" else None
-    right = refer(run, devices, options)
-    cfg = run.model
-    print(
-        f"{FLAGS.family or recipe.name}: {cfg.layers} layers of {cfg.embed}, {run.data.batch} rows "
-        f"of {run.data.seq} tokens, {FLAGS.steps} steps of SGD in float32; on one device the loss "
-        f"went from {right.losses[0]:.4f} to {right.losses[-1]:.4f}, the parameters moved by "
-        f"{right.moved:.1%}\n",
-        flush=True,
-    )
-    rows = [one_row(recipe, run, mesh, devices, right, options) for mesh in wanted]
-    print(*tables(rows, FLAGS.verbose), sep="\n\n")
-    failed = [named(row.mesh) for row in rows if not row.refused and not row.passed]
-    compared = sum(not row.refused for row in rows)
-    print(f"\n{compared - len(failed)} of {compared} meshes within {TOLERANCE:.0e} of one device")
-    return 1 if failed else 0
+@dataclass(frozen=True)
+class Proof:
+    """What is asked of every mesh, in whatever process."""
+
+    recipe: Run
+    devices: int
+    steps: int
+    platform: str
+    targets: tuple[str, ...]
+
+    @property
+    def options(self) -> dict | None:
+        """For the compiler."""
+        return CPU_OPTIONS if self.platform == "cpu" else None
+
+    def begin(self) -> list[jax.Device]:
+        """The devices, once a process has them."""
+        return find_devices(self.platform, self.devices)
+
+    def run(self, mesh: MeshConfig) -> Run:
+        """The recipe, shrunk to what this mesh needs, for one device as well."""
+        return shrunk.shrunk_run(self.recipe, self.devices, self.steps, stages=mesh.stage)
+
+    def refer(self, run: Run) -> Reference:
+        """The run on one device."""
+        return refer(run, self.begin(), self.options)
+
+    def row(self, piece: tuple[Run, MeshConfig, Reference | Exception]) -> Row:
+        """The run on a mesh, and its program for hardware that is not here."""
+        run, mesh, right = piece
+        if isinstance(right, Exception):
+            raise right
+        row = compare(run, mesh, self.begin(), right, self.options)
+        wide = shrunk.shrunk_run(self.recipe, self.devices, 1, AOT_WIDTH, stages=mesh.stage)
+        wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="bfloat16"))
+        more = {target: ahead(wide, mesh, target) for target in self.targets}
+        return dataclasses.replace(row, talk=row.talk | more)
 
 
-def one_row(
-    recipe: Run,
-    run: Run,
-    mesh: MeshConfig,
-    devices: list[jax.Device],
-    right: Reference,
-    options: dict | None,
-) -> Row:
-    """A mesh's row; one that the house refuses is told as such where all were asked for."""
+def refused(proof: Proof, mesh: MeshConfig) -> Row | None:
+    """The row of a mesh that the house does not build; an error unless all were asked for."""
     try:
         with command.user_input():
-            check_split(dataclasses.replace(run, mesh=mesh), len(devices))
+            check_split(dataclasses.replace(proof.run(mesh), mesh=mesh), proof.devices)
     except command.UserError as error:
         if FLAGS.meshes != "all":
             raise
-        return Row(mesh.sizes(len(devices)), {}, {}, {}, refused=str(error))
-    try:
-        row = compare(run, mesh, devices, right, options)
-    except Exception as error:  # the other meshes still have something to say
-        traceback.print_exc()
-        first = str(error).splitlines()[0] if str(error) else repr(error)
-        return Row(mesh.sizes(len(devices)), {}, {}, {}, broken=first)
-    wide = shrunk.shrunk_run(recipe, len(devices), 1, AOT_WIDTH, stages=mesh.stage)
-    wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, dtype="bfloat16"))
-    more = {target: ahead(wide, mesh, target) for target in FLAGS.aot}
-    return dataclasses.replace(row, talk=row.talk | more)
+        return Row(mesh.sizes(proof.devices), {}, {}, {}, refused=str(error))
+    return None
+
+
+def compared(proof: Proof, wanted: dict[int, MeshConfig], crew: Crew) -> dict[int, Row]:
+    """Each mesh's row; tells of the references. Most stages first, as these take longest."""
+    runs = {i: proof.run(mesh) for i, mesh in wanted.items()}
+    alike = sorted(set(runs.values()), key=lambda run: -run.model.layers)
+    found = dict(crew.each(proof.refer, alike))
+    rights = {run: found[i] for i, run in enumerate(alike)}
+    for run, right in rights.items():
+        if isinstance(right, Reference):
+            print(summary(run, right), flush=True)
+
+    def broken(mesh: MeshConfig, error: Exception) -> Row:
+        first = str(error).splitlines()[0]
+        return Row(mesh.sizes(proof.devices), {}, {}, {}, broken=first)
+
+    rows, order = {}, sorted(wanted, key=lambda i: -wanted[i].stage)
+    pieces = [(runs[i], wanted[i], rights[runs[i]]) for i in order]
+    for n, row in crew.each(proof.row, pieces):
+        row = broken(wanted[order[n]], row) if isinstance(row, Exception) else row
+        print("pass" if row.passed else "FAIL", named(row.mesh), file=sys.stderr, flush=True)
+        rows[order[n]] = row
+    return rows
+
+
+def summary(run: Run, right: Reference) -> str:
+    """What the run is, and what one device makes of it."""
+    cfg, data = run.model, run.data
+    parts = f" in {run.optim.accumulate} micro-batches" if run.optim.accumulate > 1 else ""
+    return (
+        f"{FLAGS.family or run.name}: {cfg.layers} layers of {cfg.embed}, {data.batch} rows of "
+        f"{data.seq} tokens{parts}, {run.steps} steps of SGD in float32; on one device the loss "
+        f"went from {right.losses[0]:.4f} to {right.losses[-1]:.4f}, the parameters moved by "
+        f"{right.moved:.1%}"
+    )
+
+
+def main(recipe: Run) -> int:
+    """Compare and print; the exit code."""
+    with command.user_input():
+        count, jobs = FLAGS.devices, FLAGS.jobs
+        if count < 1 or FLAGS.steps < 1:
+            raise ValueError(f"--devices={count} and --steps={FLAGS.steps} must be at least 1")
+        if jobs is not None and (jobs < 0 or (jobs and FLAGS.platform != "cpu")):
+            raise ValueError(f"--jobs={jobs} must be at least 0, and 0 where devices are real")
+        recipe = dataclasses.replace(recipe, model=model_of(recipe))
+        wanted = dict(enumerate(meshes_of(FLAGS.meshes, count)))
+        proof = Proof(recipe, count, FLAGS.steps, FLAGS.platform, tuple(FLAGS.aot))
+        proof.begin()
+        for target in FLAGS.aot:
+            if len(targets.devices_of(target)) != count:
+                raise ValueError(f"--aot={target} has not --devices={count} devices; give as many")
+        rows = {i: row for i, mesh in wanted.items() if (row := refused(proof, mesh))}
+    left = {i: mesh for i, mesh in wanted.items() if i not in rows}
+    if jobs is None:
+        jobs = min(os.cpu_count(), len(left)) if FLAGS.platform == "cpu" and len(left) > 1 else 0
+    with Crew(jobs, proof.begin) as crew:
+        rows |= compared(proof, left, crew)
+    print("", *tables([rows[i] for i in wanted], FLAGS.verbose), sep="\n\n")
+    passed = sum(rows[i].passed for i in left)
+    print(f"\n{passed} of {len(left)} meshes within {TOLERANCE:.0e} of one device")
+    return 0 if passed == len(left) else 1
 
 
 if __name__ == "__main__":

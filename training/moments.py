@@ -33,7 +33,7 @@ def output_step(program: Any, state: Any, batch: dict[str, jax.Array]) -> tuple[
         real = (segments if waves.ndim == 2 else jnp.max(segments, axis=1)) > 0
         return jnp.sum(waves * real) / jnp.sum(real), y
 
-    (loss, outputs), grads = jax.value_and_grad(score, has_aux=True)(offload.fetch(state.params))
+    (loss, outputs), grads = program.gradient(score, offload.fetch(state.params))
     params = offload.fetch(state.params, after=grads)
     params, opt_state = program.optimizer.step(
         state.step, jnp.bool_(True), grads, state.opt_state, params

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
         x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
         lies = {letter: axes_of(dim) for letter, dim in zip(x_dims, x, strict=True)}
         wanted = {letter: axes_of(dim) for letter, dim in zip(y_dims, out, strict=True)}
-        features = {axis for dim in w for axis in axes_of(dim)}
+        features = {axis for dim in w.partitions for axis in axes_of(dim)}
         rows = [letter for letter in x_dims if letter not in w_dims]
         sums = {axis for letter in x_dims if letter not in y_dims for axis in lies[letter]}
         for letter in rows:  # as `out` wants them, as far as that is not for the weight to do

@@ -39,7 +39,7 @@ from model.matmul.rounded import (
     turned_back,
 )
 from model.precision import Format, Passes
-from sharding.gather import Axes, axes_of, gathered, scattered
+from sharding.gather import Axes, axes_of, gathered, scattered, varying
 
 
 class Way(NamedTuple):
@@ -87,7 +87,7 @@ def einsums(
     out = list(plan.y.partitions if plan.scatters else plan.y)
     for dim, axes in plan.scatters:
         out[dim] = (*axes_of(out[dim]), *axes)
-    lies = tuple(jax.typeof(ws[0]).sharding.spec)
+    lies = jax.typeof(ws[0]).sharding.spec.partitions
     return list(products(Way(plan, passes, inputs, batch, lies, jax.P(*out)), x, tuple(ws)))
 
 
@@ -105,7 +105,9 @@ def _products_fwd(way, x, ws):
 def _products_bwd(way, residuals, dys):
     x, ws = residuals
     local = functools.partial(_backward, way)
-    out = (jax.typeof(x).sharding.spec, (jax.P(*way.w),) * len(ws))
+    apart = jax.typeof(ws[0]).sharding.spec.reduced  # whose sums are for others to make
+    lies = jax.P(*way.w, unreduced=apart)
+    out = (jax.typeof(x).sharding.spec, (lies,) * len(ws))
     return jax.shard_map(local, out_specs=out)(x, ws, dys)
 
 
@@ -145,12 +147,14 @@ def _backward(
         of_dy = of_gradients(form, way.passes, block)
         turned = [Rounding(OF_VALUES[form.kind], block).by_column(x_RI)]
         turned += [of_dy.by_column(dy_RO) for dy_RO in dys_RO]
-    dws = []
+    apart = tuple(jax.typeof(ws[0]).mat.reduced)
+    rows, dws = tuple(axis for axis in way.plan.rows if axis not in apart), []
     for dyT_OR, w in zip(turned[1:], ws, strict=True):
         dw_OI = multiplied(dyT_OR, turned[0], x.dtype)
         dw = dw_OI.reshape(*w.shape[: way.batch], *outputs_of(way, w), *x.shape[-way.inputs :])
         # Devices talk: gradients are reduce-scattered to where weights lie, in compute precision.
-        dws.append(scattered(dw, way.w, way.plan.rows).astype(w.dtype))
+        dw = scattered(dw, way.w, rows).astype(w.dtype)
+        dws.append(lax.pcast(dw, apart, to="unreduced"))
     return dx, tuple(dws)
 
 
@@ -181,6 +185,7 @@ def outputs_of(way: Way, w: jax.Array) -> tuple[int, ...]:
 
 def weight(way: Way, w: jax.Array, form: Format, dtype: jax.typing.DTypeLike) -> Operand:
     """[O, I]: a weight, gathered as what it is rounded to, with scales of its outputs."""
+    w = varying(w)
     if form.exact:
         # Devices talk: weights are gathered, in compute precision.
         return matrix(way.whole(w.astype(dtype), way.w), way.inputs)
@@ -196,7 +201,7 @@ def weight(way: Way, w: jax.Array, form: Format, dtype: jax.typing.DTypeLike) ->
 
 def weight_turned(way: Way, w: jax.Array, form: Format) -> Rounded:
     """[I, O]: a weight, gathered as what it is rounded to, with scales of its inputs."""
-    w_OI, inner = matrix(w, way.inputs), w.shape[w.ndim - way.inputs :]
+    w_OI, inner = matrix(varying(w), way.inputs), w.shape[w.ndim - way.inputs :]
     block = block_of(len(w_OI), form.group)
     rounding = Rounding(OF_VALUES[form.kind], block, every(way.outer))
     values, scales, _ = rounding.by_column(w_OI)

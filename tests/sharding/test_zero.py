@@ -1,5 +1,6 @@
 """ZeRO-1: the optimizer's state lies apart over data; updates are what they were."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,14 +12,19 @@ from jax.sharding import NamedSharding
 
 import train
 from checkpoint import store
+from configs.load import load
+from costs import targets
 from costs.collectives import collectives
 from costs.memory import state_bytes
 from optim.zero import split_over
 from sharding.layout import Layout
 from sharding.zero import apart_spec
+from tests.meshes import hybrid
 from tests.sharding.test_placement import alone, check  # noqa: F401
 from tests.sharding.tiny import mesh_of, run_of
 from tests.tolerance import SAME
+from tools import parity
+from training import shrunk
 
 ZERO = Layout(optimizer="data")
 # A stack of three layers, which four do not divide; a table; a norm that nothing divides.
@@ -109,6 +115,43 @@ def test_state_is_restored_with_and_without_it(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_gives_the_losses_of_one_device(alone, optimizer):  # noqa: F811
     check(alone, (4, 1, 2), ZERO, optimizer)
+
+
+def matrices(program):
+    """Elements on a device of each weight that is no vector."""
+    leaves = zip(*map(jax.tree.leaves, (program.state.params, program.roles)), strict=True)
+    return [
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf, role in leaves
+        if role.kind != "vector"
+    ]
+
+
+def test_gradients_are_reduce_scattered_over_data_once():
+    sizes = (4, 2, 1)
+    with jax.set_mesh(mesh_of(sizes)):
+        program = train.build(run_of(sizes, ZERO))
+        found = collectives(program.compile().as_text())
+        whole = matrices(program)
+    scattered = [one for one in found if one.name == "reduce-scatter" and one.group == sizes[0]]
+    assert sum(one.times * one.bytes for one in scattered) == 4 * sum(whole)
+    # What is summed over both axes at once: vectors, the loss.
+    reduced = [math.prod(dims) for one in found if one.name == "all-reduce" for dims in one.shapes]
+    assert max(reduced) < min(whole)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["v5e-8", "h100x8"])
+def test_gradients_are_reduce_scattered_on_hardware_that_is_not_here(target):
+    if lacks := targets.missing(targets.parse(target)):
+        pytest.skip(lacks)
+    run = dataclasses.replace(load("configs/llama.py:1B"), layout=ZERO)
+    run = shrunk.shrunk_run(run, 8, 1, parity.AOT_WIDTH)
+    talk = parity.ahead(run, parity.mesh_of({"data": 8}), target)
+    with jax.set_mesh(mesh_of((8, 1, 1))):
+        whole = matrices(train.build(dataclasses.replace(run, mesh=hybrid(8, 1, 1))))
+    assert talk["reduce-scatter"][1] == 4 * sum(whole)
+    assert talk["all-reduce"][1] < 0.01 * talk["reduce-scatter"][1]
 
 
 def test_a_device_holds_its_share_of_the_moments():

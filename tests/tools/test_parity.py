@@ -27,7 +27,8 @@ HYBRID = "data=2,fsdp=2,tensor=2"
 
 def run(*args):
     """The exit code of the command, in this process."""
-    return status(tool, *args, recipe="configs/quickstart.py")
+    jobs = () if any(arg.startswith("--jobs") for arg in args) else ("--jobs=0",)
+    return status(tool, *args, *jobs, recipe="configs/quickstart.py")
 
 
 def forgetful(weight, rows):
@@ -135,6 +136,16 @@ def test_a_mesh_that_breaks_fails_and_the_others_are_told(monkeypatch, capsys):
     assert "2 of 3 meshes" in out
 
 
+@pytest.mark.slow
+def test_meshes_are_shared_out_over_processes(capsys):
+    meshes = ("--devices=2", "--meshes=data=2;fsdp=2", "--steps=1")
+    tables = []
+    for jobs in ("--jobs=2", "--jobs=0"):
+        assert run(*meshes, jobs) == 0
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and "2 of 2 meshes" in tables[0]
+
+
 def test_a_mesh_that_is_not_supported_is_refused_by_name_or_listed(monkeypatch, capsys):
     def refuse(run, devices):
         if run.mesh.tensor > 1:
@@ -162,6 +173,8 @@ def test_meshes_are_read_as_they_are_written():
         (("--meshes=model=8",), "'model=8' is no AXIS=SIZE, such as .*fsdp=2"),
         (("--meshes=fsdp",), "'fsdp' is no AXIS=SIZE"),
         (("--meshes=;",), "names no mesh, write all or such as fsdp=8"),
+        (("--jobs=-1",), "--jobs=-1 must be at least 0"),
+        (("--jobs=2", "--platform=cuda"), "--jobs=2 must be .* 0 where devices are real"),
         (("--devices=0",), "--devices=0 and --steps=10 must be at least 1"),
         (("--devices=99", "--meshes=fsdp=99"), "--devices=99 is more than the 8 of cpu here"),
         (("--family=t5",), "--family=t5 is none of llama, .*distilbert, nor a published size"),
