@@ -97,6 +97,7 @@ class Kernel:
     talk: list[Talk] = field(default_factory=list)
     inner: list["Schedule"] = field(default_factory=list)
     rounds: int = 1
+    link: int = 0  # bytes that it copies to the host's memory or from there
     in_place: int = (
         0  # how many results, the first, may lie over an operand that nobody reads again
     )
@@ -296,6 +297,7 @@ class _Scheduler:
                 name, reads, writes, written, flops, dtype,
                 talk_of(op, self.program.sizes), inner,
                 in_place=len(writes) * (op.name in IN_PLACE or op.name in SUMS), phase=op.phase,
+                link=linked(op),
             )
         )  # fmt: skip
         if self.compiler.late and not self.top and op.name in SUMS:
@@ -397,6 +399,13 @@ class _Scheduler:
             else:
                 kept.add(cell.buffer)
         return Schedule(self.kernels, kept, self.always)
+
+
+def linked(op: Op) -> int:
+    """Bytes that an operation copies between a device and its host."""
+    if op.name != "device_put":
+        return 0
+    return sum(a.size for a, b in zip(op.ins, op.outs, strict=True) if a.host != b.host)
 
 
 def readers(program: Program) -> dict[int, int]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core
 from jax.sharding import AxisType
@@ -33,10 +34,17 @@ class Value:
     unreduced: frozenset[str] = frozenset()  # axes over whose devices it is yet to be summed
     made: str = ""  # by which operation; "": it came in
     phase: str = ""  # "forward" or "backward", where autodiff says so
+    host: bool = False  # it lies in the host's memory
+
+    @property
+    def size(self) -> int:
+        """Bytes, wherever they lie."""
+        return math.prod(self.shape) * getattr(self.dtype, "itemsize", 4)
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * getattr(self.dtype, "itemsize", 4)
+        """Of the device's memory."""
+        return 0 if self.host else self.size
 
 
 @dataclass(eq=False, slots=True)
@@ -77,6 +85,17 @@ def trimmed(program: Program) -> Program:
             used.update(id(value) for value in op.ins)
             kept.append(op)
     return Program(program.ins, kept[::-1], program.outs, program.sizes)
+
+
+def on_host(program: Program) -> int:
+    """Bytes of the host's memory in which what the forward pass made waits for the backward."""
+    size = 0
+    for op in program.ops:
+        if op.phase == "forward" and op.name == "device_put":
+            size += sum(out.size for out in op.outs if out.host)
+        rounds = op.rounds if op.phase == "forward" else 1  # else each round has both passes
+        size += rounds * max(map(on_host, op.bodies), default=0)
+    return size
 
 
 def split_of(aval: Any) -> tuple[tuple[Axes, ...], frozenset[str]]:
@@ -134,7 +153,8 @@ class _Reader:
         ways = (math.prod(self.sizes[axis] for axis in dim) for dim in axes)
         shape = itertools.zip_longest(var.aval.shape, ways, fillvalue=1)
         part = tuple(-(-size // n) for size, n in shape)
-        value = env[var] = Value(part, var.aval.dtype, axes, unreduced, made, phase)
+        host = getattr(var.aval, "memory_space", None) == jax.memory.Space.Host
+        value = env[var] = Value(part, var.aval.dtype, axes, unreduced, made, phase, host)
         return value
 
     def constants(self, jaxpr: core.Jaxpr, env: dict) -> None:
@@ -228,7 +248,9 @@ class _Reader:
                 rows = self.rows.setdefault(id(source), {})
                 if i not in rows:  # else a loop before this one made it, or asked for it
                     shape, axes = source.shape[1:], source.axes[1:]
-                    rows[i] = Value(shape, source.dtype, axes, made="slice", phase=phase)
+                    rows[i] = Value(
+                        shape, source.dtype, axes, made="slice", phase=phase, host=source.host
+                    )
                     yield Op("slice", [source], [rows[i]], phase=phase)
                 slices.append(rows[i])
             own.update(zip(jaxpr.invars, [*consts, *state, *slices], strict=True))

@@ -8,6 +8,8 @@
 - Gathers of weights, sums of gradients and what goes round a ring can hide behind kernels; sums of
   activations and tokens on their way to experts cannot, their reader waits. `Reached.hidden` says
   how much of the former does.
+- What is copied to the host's memory or from there takes HOST bytes/s, one copy after another, and
+  nothing hides it.
 - Experts get as many tokens as they would if the router had no favourites (`filled`).
 """
 
@@ -20,6 +22,7 @@ from costs.kernels import Kernel, Schedule
 from costs.talk import Talk
 from sharding.layout import AXES
 
+HOST = 50e9  # as measured on an H100 (LOG.md)
 # Axes over which weights and their gradients travel, and of activations only what goes round.
 HIDES = {"dcn", "data", "fsdp", "expert", "context"}
 
@@ -66,6 +69,7 @@ class Time:
     flops: float = 0.0
     hides: float = 0.0  # collectives that can
     waits: float = 0.0  # and that cannot
+    host: float = 0.0  # copies to the host's memory and from there
 
     @property
     def busy(self) -> float:
@@ -75,7 +79,7 @@ class Time:
     def step(self, hidden: float) -> float:
         """Seconds of a step if this share of what can hide does, as long as there is work."""
         under = min(hidden * self.hides, self.busy)
-        return self.busy + self.waits + self.hides - under
+        return self.busy + self.host + self.waits + self.hides - under
 
 
 def each(plan: Schedule, times: int = 1) -> Iterator[tuple[Kernel, int]]:
@@ -102,6 +106,9 @@ def seconds(
     time = Time()
     for kernel, times in each(plan):
         if kernel.name == "loop":
+            continue
+        if kernel.link:
+            time.host += times * kernel.link / HOST
             continue
         moved = sum(kernel.reads.values()) + kernel.written
         memory = moved / (sheet.bandwidth * reached.memory)

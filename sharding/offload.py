@@ -79,6 +79,11 @@ def place(host: Sequence[str], params: Any, opt_state: Any) -> tuple[Any, Any]:
     return params, opt_state
 
 
+def apart(tree: Any) -> tuple[Any, Any]:
+    """(`tree` without what lies on the host, that alone); None in place of the rest."""
+    return without(tree, tree), jax.tree.map(lambda leaf: leaf if _there(leaf) else None, tree)
+
+
 def without(opt_state: Any, like: Any) -> Any:
     """An optimizer's state with None for what lies on the host in `like`."""
     return jax.tree.map(lambda home, x: None if _there(home) else x, like, opt_state)

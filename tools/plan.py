@@ -110,7 +110,8 @@ def memory(plan: Plan) -> str:
     table = parity.table(["memory of a device", "bytes", ""], rows)
     words = ("fits", "of") if plan.fits else ("does not fit", "are more than")
     verdict = f"{words[0]}: {human(plan.bytes)} {words[1]} the {human(usable)} that a run can have"
-    return f"{table}\nMost is alive at: {plan.at}\n\n{verdict}"
+    there = f"\nIn the host's memory, for each device: {human(plan.host)}" if plan.host else ""
+    return f"{table}\nMost is alive at: {plan.at}{there}\n\n{verdict}"
 
 
 def mended(plan: Plan, better: Plan | None) -> str:
@@ -139,7 +140,9 @@ def times(plan: Plan) -> str:
             ("bound by memory", time.memory),
             ("collectives that can hide", time.hides),
             ("collectives that cannot", time.waits),
+            ("to the host and back", time.host),
         )
+        if took or name != "to the host and back"
     ]
     lines = [parity.table(["time of a step", "ms", "share"], rows)]
     if time.talk:
@@ -209,11 +212,12 @@ def as_json(plan: Plan, better: Plan | None, best: list[Plan]) -> dict[str, Any]
         "fits": plan.fits,
         "usable_bytes": plan.target.usable,
         "bytes": plan.parts | {"counted": plan.counted},
+        "host_bytes": plan.host,
         "compiled": plan.compiled,
         "flops": {"device": plan.time.flops, "model": plan.flops},
         "seconds": {
             name: getattr(plan.time, name)
-            for name in ("matmul", "attention", "memory", "hides", "waits")
+            for name in ("matmul", "attention", "memory", "hides", "waits", "host")
         },
         "collectives": [
             {"kind": kind, "axes": axes, "seconds": took, "times": count, "bytes": size}

@@ -15,6 +15,7 @@ from costs.collectives import collectives, totals
 from costs.devices import Datasheet
 from costs.memory import program_bytes, state_bytes
 from costs.targets import Target
+from sharding import offload
 
 CPU_BANDWIDTH = 12e9  # bytes/s, of two cores: LOG.md
 # A run on these devices: its program, and its step as jax.jit traces it.
@@ -34,6 +35,7 @@ class Plan:
     reached: roofline.Reached
     flops: float  # of the model, of all devices
     peak_flops: float  # of all devices
+    host: int = 0  # bytes of the host's memory, for each device
     compiled: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,7 +95,9 @@ def count(run: Run, target: Target, trace: Trace, rate: float = 0.0) -> Plan:
         for leaf in jax.tree.leaves(built.state.params)
     ]
     vocab = run.model.vocab // ways(run, "vocab", sizes)
-    state = state_bytes({"parameters": built.state.params, "optimizer": built.state.opt_state})
+    state, there = map(state_bytes, offload.apart(
+        {"parameters": built.state.params, "optimizer": built.state.opt_state}
+    ))  # fmt: skip
     parts = {**state, **peak.parts(moment, own, vocab)}
     sheet = target.sheet or Datasheet(rate, target.usable, CPU_BANDWIDTH)
     reached = roofline.REACHED[target.platform]
@@ -106,13 +110,16 @@ def count(run: Run, target: Target, trace: Trace, rate: float = 0.0) -> Plan:
     model = tokens * flops.flops_per_token(run.model, run.data.seq)
     return Plan(
         run, target, sizes, parts, " > ".join(moment.path), time, reached, model,
-        sheet.bf16 * target.count,
+        sheet.bf16 * target.count, sum(there.values()) + program.on_host(whole),
     )  # fmt: skip
 
 
 def compile_for(plan: Plan, trace: Trace) -> Plan:
     """The same plan with what the target's compiler says of the step."""
     name = plan.target.name
+    if plan.run.layout.host and plan.target.platform == "gpu":
+        why = "ahead of time a GPU's shows no memory but its own; counted, with layout.host"
+        return dataclasses.replace(plan, compiled={"error": why})
     _, step = trace(plan.run, targets.devices_of(name))
     try:
         compiled = step.lower().compile(compiler_options=targets.compiler_options(name))

@@ -30,15 +30,19 @@ def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
         return
     run = program.run
     sizes = " x ".join(f"{axis}={n}" for axis, n in jax.sharding.get_mesh().shape.items())
-    held = memory.state_bytes(vars(program.state)).items()
-    parts = ", ".join(f"{name} {memory.human(size)}" for name, size in held if size > 999)
+    held = [memory.state_bytes(part) for part in offload.apart(vars(program.state))]
+    own, there = (
+        ", ".join(f"{name} {memory.human(size)}" for name, size in part.items() if size > 999)
+        for part in held
+    )
+    there = f"; in its host's memory {there}" if there else ""
     tokens, rate = run.data.batch * run.data.seq, speed.rate / 1e9
     lines = [
         describe(run),
         *(f"source     {source.describe()}" for source in text.sources),
         f"folder     {workdir}",
         f"parameters {flops.params(run.model):,}, {tokens:,} tokens a step",
-        f"devices    {sizes}; each holds {parts}",
+        f"devices    {sizes}; each holds {own}{there}",
         *pipeline(run),
         f"hardware   {hardware()}, {rate:,.0f} GFLOP/s measured in {run.model.dtype} matmuls",
     ]

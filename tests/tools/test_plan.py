@@ -7,7 +7,7 @@ import re
 import pytest
 
 from configs.load import load
-from costs import targets
+from costs import flops, targets
 from tests.commands import status
 from tools import parity
 from tools import plan as tool
@@ -128,6 +128,22 @@ def test_it_says_what_a_device_holds_and_how_long_a_step_takes(capsys):
     # Each matrix is gathered in bfloat16 forward and backward, the head's once; norms stay whole.
     layers = 8_030_261_248 - 2 * 128_256 * 4096
     assert gathered == pytest.approx(2 * (2 * layers + 128_256 * 4096), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unroll", ["1", "2"])
+def test_what_lies_on_the_host_counts_there_and_for_the_way(unroll):
+    sizes = {"model.layers": "2", "model.vocab": "1024", "data.batch": "2", "model.unroll": unroll,
+             "model.remat": "dots"}  # fmt: skip
+    plan = counted(llama("124M"), "h100x1", {**sizes, "layout.host": "optimizer,input"})
+    moments = 8 * flops.params(plan.run.model)
+    waiting = 2 * 2 * 2 * 1024 * 768  # bfloat16, of 2 layers' 2 rows of 1,024 tokens
+    assert plan.parts["optimizer"] == 8, "two counts of steps"
+    assert plan.host == moments + waiting
+    assert plan.time.host == pytest.approx(2 * (moments + waiting) / 50e9)
+    here = counted(llama("124M"), "h100x1", sizes)
+    assert here.parts["activations"] - plan.parts["activations"] == waiting
+    assert (here.host, here.time.host) == (0, 0)
 
 
 @pytest.mark.slow
