@@ -31,7 +31,7 @@ def attention(
         if not reason:
             how["documents"] = documents
             return cudnn.attention(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
-        tell(reason)
+        tell("plain attention, of memory [T, T]", reason)
     how |= {"causal": causal, "softcap": softcap}
     return plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
 
@@ -44,6 +44,6 @@ def platform() -> str:
 
 
 @functools.cache
-def tell(reason: str) -> None:
-    """Say once why attention is slower than it could be."""
-    logging.warning("plain attention, of memory [T, T]: %s", reason)
+def tell(what: str, reason: str) -> None:
+    """Say once what is done that is slower than it could be, and why."""
+    logging.warning("%s: %s", what, reason)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.kernels import engine, hopper
 from model.kernels.quantize import in_blocks
 
 
@@ -23,9 +24,15 @@ def matmul(
 
     With a `block` the scales are [R, ceil(K / block)] and [N, ceil(K / block)]: each block of K has
     its own, and the sums of the blocks add up in float32.
+
+    On a Hopper GPU by a kernel of our own, where that applies.
     """
     if sx.ndim > 1 and sx.shape[1] == 1:
         block, sx, sw = 0, sx[:, 0], sw[:, 0]
+    if engine.platform() == "gpu":
+        if not (reason := hopper.why_not(x_RK, w_NK, block)):
+            return hopper.matmul(x_RK, w_NK, sx.T, sw.T, jnp.dtype(dtype).name)
+        engine.tell("8-bit products by XLA", reason)
     if not block:
         return _scaled(x_RK, w_NK, sx, sw).astype(dtype)
     parts = [in_blocks(x_RK, block), in_blocks(w_NK, block), sx, sw]

@@ -144,8 +144,8 @@ def _backward(
         turned = [a.T for a in (x_RI, *dys_RO)]
     else:
         block = tokens_together(x.shape[-way.inputs - 1], len(x_RI), form)
-        of_dy = of_gradients(form, way.passes, block)
-        turned = [Rounding(OF_VALUES[form.kind], block).by_column(x_RI)]
+        of_dy = of_gradients(form, way.passes, block, way.plan.rows)
+        turned = [Rounding(OF_VALUES[form.kind], block, way.plan.rows).by_column(x_RI)]
         turned += [of_dy.by_column(dy_RO) for dy_RO in dys_RO]
     apart = tuple(jax.typeof(ws[0]).mat.reduced)
     rows, dws = tuple(axis for axis in way.plan.rows if axis not in apart), []

@@ -107,11 +107,13 @@ def block_of(size: int, group: int) -> int:
 
 
 def tokens_together(tokens: int, rows: int, form: Format) -> int:
-    """Tokens that share a channel's scale, of rows of so many, in `rows` tokens altogether.
+    """Tokens that share a channel's scale, of rows of so many, in `rows` tokens altogether; 0: all.
 
-    At most `form.group`, and of one row of the batch if that divides into such groups, so that they
-    are the same on a mesh that has part of the rows; and no more than int32 can sum. 0: all.
+    With groups, at most `form.group`, and of one row of the batch if that divides into such groups,
+    so that they are the same on a mesh that has part of the rows. Never more than int32 can sum.
     """
+    if not form.group and rows <= EXACT:
+        return 0
     group = min(form.group or EXACT, EXACT)
     least = math.ceil(tokens / group)
     parts = [n for n in range(least, 2 * least + 1) if tokens % n == 0]

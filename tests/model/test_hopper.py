@@ -1,0 +1,91 @@
+"""The kernels for Hopper GPUs compute what the plain products and roundings do."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.kernels import hopper, int8
+
+new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11")
+
+
+def drawn(rows, columns, form, seed=0):
+    """8-bit values and scales of rows, with an outlier, a row of zeros and a large scale."""
+    draw = np.random.default_rng(seed)
+    values = draw.integers(-127, 128, (rows, columns)).astype(np.float32)
+    values = values if form == "int8" else values / 32
+    values[1] = 0
+    scales = draw.uniform(0.5, 2, rows).astype(np.float32)
+    scales[2] = 1e4
+    return jnp.asarray(values).astype(form), jnp.asarray(scales)
+
+
+@pytest.mark.parametrize(
+    ("rows", "group", "reason"),
+    [((512, 512), 0, ""), ((512, 128), 0, "128 rows"), ((512, 512), 384, "groups of 384")],
+)
+@new_jax
+def test_the_kernel_says_where_it_does_not_apply(monkeypatch, rows, group, reason):
+    monkeypatch.setattr(hopper, "kind", lambda: "NVIDIA H100 80GB HBM3")
+    x, w = (jnp.zeros((n, 768), jnp.int8) for n in rows)
+    found = hopper.why_not(x, w, group)
+    assert reason in found and bool(reason) == bool(found)
+
+
+@new_jax
+def test_other_devices_are_named():
+    x = jnp.zeros((512, 768), jnp.int8)
+    assert jax.devices()[0].device_kind in hopper.why_not(x, x)
+
+
+@pytest.mark.slow
+@new_jax
+@pytest.mark.parametrize("groups", [0, 3])
+@pytest.mark.parametrize("form", ["int8", "float8_e4m3fn"])
+def test_the_kernel_is_made_for_cuda(form, groups):
+    """As far as that goes without one: to the code of Mosaic GPU."""
+    (x, sx), (w, sw) = drawn(500, 1536, form), drawn(300, 1536, form)
+    if groups:
+        sx, sw = (jnp.tile(s, (groups, 1)) for s in (sx, sw))
+    product = jax.jit(functools.partial(hopper.matmul, dtype="bfloat16"))
+    text = product.trace(x, w, sx, sw).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text and "matmul_8bit" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(512, 384, 1024), (500, 300, 777), (4096, 256, 512)])
+@pytest.mark.parametrize("form", ["int8", "float8_e4m3fn", "mixed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_products_are_those_of_the_plain_one(sizes, form, dtype):
+    R, N, K = sizes
+    first, second = ("float8_e5m2", "float8_e4m3fn") if form == "mixed" else (form, form)
+    (x, sx), (w, sw) = drawn(R, K, first), drawn(N, K, second, seed=1)
+    ours = hopper.matmul(x, w, sx, sw, dtype)
+    plain = int8._scaled(*(jnp.asarray(a, jnp.float32) for a in (x, w)), sx, sw)
+    assert ours.shape == (R, N) and ours.dtype == dtype
+    error = np.abs(np.float64(ours) - np.float64(plain))
+    size = np.outer(np.linalg.norm(np.float64(x), axis=1) * sx, sw) * np.sqrt(K) * 127
+    assert (error <= (2**-8 if dtype == "bfloat16" else 1e-6) * (np.abs(plain) + 1e-3 * size)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [256, 768])
+def test_groups_have_scales_of_their_own(group):
+    R, N, K = 300, 260, 1536
+    (x, _), (w, _) = drawn(R, K, "int8"), drawn(N, K, "int8", seed=1)
+    draw = np.random.default_rng(2)
+    sx, sw = (jnp.asarray(draw.uniform(0.1, 9, (n, K // group)), jnp.float32) for n in (R, N))
+    ours = hopper.matmul(x, w, sx.T, sw.T, "float32")
+    xs, ws = (np.float64(a) * np.repeat(np.float64(s), group, 1) for a, s in ((x, sx), (w, sw)))
+    right = xs @ ws.T
+    assert np.linalg.norm(ours - right) < 1e-5 * np.linalg.norm(right)
+
+
+@pytest.mark.gpu
+def test_what_is_not_finite_stays_so():
+    (x, sx), (w, sw) = drawn(512, 512, "int8"), drawn(512, 512, "int8", seed=1)
+    y = hopper.matmul(x, w, sx.at[7].set(jnp.inf), sw, "bfloat16")
+    assert not np.isfinite(np.float32(y[7])).any() and np.isfinite(np.float32(y[8:])).all()
