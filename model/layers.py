@@ -3,10 +3,10 @@
 Shapes: B rows, T tokens, D embed, V vocabulary.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,10 @@ class Linear(nnx.Module):
         spec, at = self.spec.replace(first, ""), self.spec.partition("->")[2].index(first)
         out = jax.P(*(axis for i, axis in enumerate(self.home(x)) if i != at))
         dim = int(stages.in_flight(x))  # where the weight leads with the stages, that is next
-        own = functools.partial(lax.index_in_dim, axis=dim, keepdims=False)
+
+        def own(a: Any, i: int) -> Any:
+            return jax.tree.map(lambda part: lax.index_in_dim(part, i, dim, keepdims=False), a)
+
         numbers = range(self.weight[...].shape[dim])
         ws = [own(self.weight[...], i) for i in numbers]
         ys = einsums(spec, x, ws, out=out, passes=self.passes)

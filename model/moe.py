@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.layers import Linear
+from model.matmul.stored import numbers
 from model.mlp import GATES
 from model.remat import from_arguments
 from sharding import stages
@@ -81,7 +82,8 @@ class MoeMlp(nnx.Module):
         "z": mean of log(Z)^2; "load": choices of each expert, as a multiple of its fair share, [E].
         Of rows in flight each leads with the stages.
         """
-        weights = [linear.weight[...] for linear in (self.router, self.gate_up, self.down)]
+        linears = self.router, self.gate_up, self.down
+        weights = [numbers(linear.weight[...], x_BTD.dtype) for linear in linears]
         where = jax.typeof(x_BTD).sharding.spec
         stage = (stages.STAGE,) * stages.in_flight(x_BTD)  # what weights and statistics lead with
         spec_ECFD = jax.typeof(weights[1]).sharding.spec.partitions[len(stage) :]

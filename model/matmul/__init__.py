@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from model.matmul import quantized
+from model.matmul import quantized, stored
 from model.matmul.plan import Plan
+from model.matmul.stored import QArray
 from model.precision import BF16, Passes
 from sharding import sequence, stages
 from sharding.gather import axes_of, gather
@@ -24,7 +25,7 @@ def einsum(
     that `w` does not have), so the gather moves compute precision. Where a contracted dim is split
     over devices, their sum crosses them. `out` says where the result lives: where it wants rows
     together that x has apart, they are gathered first; where apart, their sums are scattered.
-    `passes` says to what the operands are rounded (`quantized`).
+    `passes` says to what the operands are rounded (`quantized`). A weight may be a QArray.
 
     For rows in flight `w` leads with the stages: each stage's rows meet its own.
     """
@@ -40,6 +41,9 @@ def einsums(
         spec, out = f"s{x_dims},s{w_dims}->s{y_dims}", stages.apart_spec(out)
         ys = einsums(spec, stages.apart(x), ws, out=out, passes=passes)
         return [stages.together(y) for y in ys]
+    if isinstance(ws[0], QArray):
+        plan = Plan.make(spec, jax.typeof(x).sharding.spec, ws[0].spec, out)
+        return stored.einsums(spec, placed(x, plan.x), ws, plan, passes)
     x_sharding, w_spec = jax.typeof(x).sharding, jax.typeof(ws[0]).sharding.spec
     if passes.quantized:
         plan = Plan.make(spec, x_sharding.spec, w_spec, out)

@@ -52,6 +52,18 @@ class Way(NamedTuple):
     w: tuple  # where weights lie: an entry for each dim
     out: jax.P  # where results end up
 
+    @classmethod
+    def make(cls, spec: str, w: jax.P, plan: Plan, passes: Passes) -> "Way":
+        """Of the einsum `spec`, with weights that lie as `w` says."""
+        x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
+        inputs = sum(letter not in y_dims for letter in w_dims)
+        batch = sum(letter in x_dims and letter in y_dims for letter in w_dims)
+        assert y_dims == x_dims[: len(x_dims) - inputs] + w_dims[batch:-inputs], spec
+        out = list(plan.y.partitions if plan.scatters else plan.y)
+        for dim, axes in plan.scatters:
+            out[dim] = (*axes_of(out[dim]), *axes)
+        return cls(plan, passes, inputs, batch, w.partitions, jax.P(*out))
+
     @property
     def outer(self) -> tuple:
         """The entries of `w` for the outputs."""
@@ -80,15 +92,8 @@ def einsums(
     spec: str, x: jax.Array, ws: Sequence[jax.Array], plan: Plan, passes: Passes
 ) -> list[jax.Array]:
     """`matmul.einsums` of an x that lies as the plan has it."""
-    x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
-    inputs = sum(letter not in y_dims for letter in w_dims)
-    batch = sum(letter in x_dims and letter in y_dims for letter in w_dims)
-    assert y_dims == x_dims[: x.ndim - inputs] + w_dims[batch : ws[0].ndim - inputs], spec
-    out = list(plan.y.partitions if plan.scatters else plan.y)
-    for dim, axes in plan.scatters:
-        out[dim] = (*axes_of(out[dim]), *axes)
-    lies = jax.typeof(ws[0]).sharding.spec.partitions
-    return list(products(Way(plan, passes, inputs, batch, lies, jax.P(*out)), x, tuple(ws)))
+    way = Way.make(spec, jax.typeof(ws[0]).sharding.spec, plan, passes)
+    return list(products(way, x, tuple(ws)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
