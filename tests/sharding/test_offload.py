@@ -162,7 +162,7 @@ def test_a_run_begins_alike_wherever_its_moments_lie(right):
     with jax.set_mesh(mesh_of(ONE)):
         state = train.build(run_of(ONE, Layout(host=ALL))).fresh()
     assert hosted(state.opt_state)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), right[0])
+    jax.tree.map(assert_same, jax.device_get(state), right[0])
 
 
 # ---- what is refused -----------------------------------------------------------------------------
