@@ -18,6 +18,7 @@ from configs import arguments, usage
 from configs.load import load
 
 OURS = 1  # exit code of any exception that is no Exit
+LONGEST = 3000  # characters of a message
 
 
 class Exit(Exception):
@@ -176,4 +177,6 @@ def _tell(message: str) -> None:
 
 
 def _line(message: str) -> str:
+    if len(message) > LONGEST:  # of a hostile file, say, that it quotes
+        message = f"{message[: LONGEST // 2]} ... {message[-LONGEST // 2 :]}"
     return f"{usage.program().removeprefix('-m ')}: {message}\n"

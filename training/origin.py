@@ -87,6 +87,13 @@ class Origin:
             if restore is None or weights:
                 return cls(weights=weights)
             own, found = False, store.candidates(restore)
+        for saved in found if own else ():
+            if saved.folder.is_symlink():
+                raise ValueError(
+                    f"{saved.folder} is a link, and a run deletes its old saves: move it out of "
+                    f"{saved.path}; --restore={saved.folder.resolve().parent}@{saved.step} in "
+                    f"another --workdir begins with it"
+                )
         made = cls(own=own, older=tuple(found))._next()
         if made.step >= run.steps:
             raise ValueError(

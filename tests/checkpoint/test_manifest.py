@@ -18,6 +18,7 @@ from checkpoint.manifest import Manifest
 from checkpoint.pretrained import open_pretrained
 from checkpoint.store import Saved, Store
 from tests.checkpoint import folders
+from tests.faults.often import SEED
 
 NOTE, TOKENIZER = {"run": {"steps": 3}, "tokens": 5}, {"meshlm": "bytes"}
 FLIPS = 200
@@ -64,7 +65,7 @@ def test_a_manifest_holds_the_size_and_sha256_of_every_other_file(saved):
 
 
 def test_every_one_of_200_flipped_bits_is_found_in_its_file(saved):
-    draw = random.Random(11)
+    draw = random.Random(SEED)
     found = files_of(saved.folder)
     for _ in range(FLIPS):
         name, path = draw.choice(sorted(found.items()))

@@ -140,6 +140,15 @@ def test_the_exception_decides_the_code(error, code, capsys):
     assert ("Traceback" in err) == (code == 1)
 
 
+def test_a_message_that_quotes_a_whole_file_is_cut_in_its_middle(capsys):
+    def main():
+        raise command.UserError(f"model.json: {'[' * 10**6}; it must be an object")
+
+    assert command.status(main, []) == 2
+    err = capsys.readouterr().err
+    assert "model.json: [" in err and err.endswith("it must be an object\n") and len(err) < 3100
+
+
 def test_verbosity_shows_where_an_error_of_the_users_came_from(capsys, monkeypatch):
     def main():
         with command.user_input():

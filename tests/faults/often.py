@@ -9,14 +9,14 @@ import pytest
 
 SEED = int(os.environ.get("FAULTS_SEED", "0"))
 NIGHTLY = os.environ.get("FAULTS_NIGHTLY", "") not in ("", "0")
+nightly = pytest.mark.skipif(not NIGHTLY, reason="FAULTS_NIGHTLY=1 runs it")
 
 
-def times(often: int, nightly: int) -> int:
+def times(often: int, many: int) -> int:
     """How many times to try: in CI, or in the nightly run."""
-    return nightly if NIGHTLY else often
+    return many if NIGHTLY else often
 
 
 def sometimes(values: Sequence[Any]) -> list[Any]:
     """The values of a parametrized test that only the nightly run takes."""
-    skip = pytest.mark.skipif(not NIGHTLY, reason="FAULTS_NIGHTLY=1 runs it")
-    return [pytest.param(value, marks=skip) for value in values]
+    return [pytest.param(value, marks=nightly) for value in values]

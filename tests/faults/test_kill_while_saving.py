@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint.store import Saved
 from configs.load import ROOT
+from tests.faults.often import SEED
 
 WRITER = """
 import sys
@@ -65,7 +66,7 @@ def partial(folder) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [30])
 def test_what_was_committed_survives_every_kill(tmp_path, kills):
-    draw, torn, folder = random.Random(kills), 0, tmp_path / "checkpoints"
+    draw, torn, folder = random.Random(SEED), 0, tmp_path / "checkpoints"
     folder.mkdir()
     with open(tmp_path / "errors", "w") as notes:
         for _ in range(kills):
