@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from sharding import offload
+
 WORDS = {1: jnp.uint8, 2: jnp.uint16}  # by bytes of a value; longer ones are words of 4
 
 Axes = tuple[str, ...]
@@ -47,7 +49,8 @@ def _table(leaves: list, groups: tuple, specs: tuple, mesh: Mesh) -> jax.Array:
         return jnp.stack([digest([parts[i] for i in members]) for members in groups])[None]
 
     rows = jax.P(mesh.axis_names)
-    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(*leaves)
+    whole = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return whole(*offload.fetch(leaves))
 
 
 def split_by(spec: jax.P, mesh: Mesh) -> Axes:

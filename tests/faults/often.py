@@ -19,4 +19,5 @@ def times(often: int, many: int) -> int:
 
 def sometimes(values: Sequence[Any]) -> list[Any]:
     """The values of a parametrized test that only the nightly run takes."""
-    return [pytest.param(value, marks=nightly) for value in values]
+    several = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=nightly) for value in several]

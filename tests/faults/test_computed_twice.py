@@ -183,17 +183,18 @@ def test_right_hardware_raises_no_alarm(start, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "host"),
     sometimes(
         [
-            {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
-            {"dcn": 2, "data": 2, "fsdp": 2},
-            {"data": 4, "tensor": 2},
+            ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, ""),
+            ({"dcn": 2, "data": 2, "fsdp": 2}, ""),
+            ({"data": 4, "fsdp": 2}, "optimizer"),
         ]
     ),
     ids=str,
 )
-def test_on_other_meshes_neither(command_line, sizes):
+def test_on_other_meshes_and_with_moments_in_host_memory_neither(command_line, sizes, host):
     mesh = [f"--config.mesh.{axis}={size}" for axis, size in sizes.items()]
+    mesh += [f"--config.layout.host={host}"]
     ended = command_line(*QUICK, *mesh, *EVERY_STEP, "--config.steps=100")
     assert ended.code == 0 and unalarmed(ended.out, 100), ended.err

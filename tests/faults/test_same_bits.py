@@ -38,6 +38,7 @@ def test_xla_knows_the_option():
 
 @pytest.mark.gpu
 def test_on_a_gpu_two_processes_give_the_same_bits_with_cudnn_attention(start, tmp_path):
+    """XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu ...: this process leaves them memory."""
     sizes = {"layers": 2, "embed": 256, "heads": 4, "kv_heads": 4, "head_dim": 64, "mlp": 512}
     model = [f"--config.model.{name}={size}" for name, size in sizes.items()]
     args = [
