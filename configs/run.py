@@ -172,11 +172,6 @@ def _check_host(run: Run, sizes: dict[str, int]) -> None:
             f"layout: host={host} is not built with mesh.stage={sizes['stage']}: stages keep all "
             f"on their devices; fsdp={sizes['stage']} splits layers' weights without stages"
         )
-    if host and run.guard.twice:
-        raise ValueError(
-            f"layout: host={host} keeps what guard.twice={run.guard.twice} would compare off the "
-            f"devices: leave one of the two out"
-        )
     if "optimizer" not in run.layout.host:
         return
     by_layer = f"layout: host={host} brings the optimizer's state one layer at a time, and"

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 import train
-from configs.run import GuardConfig, check_split
+from configs.run import check_split
 from model.config import Arch, Moe
 from model.layers import Role
 from model.remat import REMAT
@@ -190,8 +190,6 @@ def test_other_updates_and_split_layers_and_stages_are_refused():
     with pytest.raises(ValueError, match=r"host=optimizer .* optim\.moments=int8 are updated in"):
         check_split(small, 1)
     run = run_of(ONE, Layout(host=("input",)))
-    with pytest.raises(ValueError, match=r"host=input .* guard\.twice=5 would compare"):
-        check_split(dataclasses.replace(run, guard=GuardConfig(twice=5)), 1)
     run = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, stage=2))
     with pytest.raises(ValueError, match=r"host=input is not built with mesh\.stage=2"):
         check_split(run, 2)
