@@ -60,6 +60,7 @@ class Op:
     carried: int = 0  # how many outputs, the first, go from round to round
     sliced: int = 0  # how many inputs, the last, are stacks of which each round takes its own
     phase: str = ""
+    alone: bool = False  # in a shard_map, where devices talk by name only
 
 
 @dataclass(eq=False, slots=True)
@@ -132,6 +133,7 @@ class _Reader:
     def __init__(self, sizes: dict[str, int]):
         self.sizes = sizes
         self.rows: dict[int, dict[int, Value]] = {}  # of stacks that unrolled loops write or read
+        self.alone = False  # in a shard_map
 
     def program(self, jaxpr: core.Jaxpr, given: Sequence[Value] | None, scope: str) -> Program:
         """`jaxpr` as a program of its own; `given` values show how its inputs are split."""
@@ -186,7 +188,9 @@ class _Reader:
                     ins = made
                 own = dict(zip(inner.invars, ins, strict=True))
                 self.constants(inner, own)
+                before, self.alone = self.alone, self.alone or name == "shard_map"
                 yield from self.ops(inner, own, stack)
+                self.alone = before
                 for var, atom in zip(eqn.outvars, inner.outvars, strict=True):
                     env[var] = self.value(own, atom)
             else:
@@ -195,7 +199,7 @@ class _Reader:
                 for var in eqn.outvars:
                     like = spread.like(name, eqn.params, ins, var.aval.shape, self.sizes)
                     outs.append(self.bind(env, var, name, phase, like))
-                yield Op(name, ins, outs, eqn.params, phase=phase)
+                yield Op(name, ins, outs, eqn.params, phase=phase, alone=self.alone)
 
     def scan(
         self, eqn: core.JaxprEqn, env: dict, ins: list[Value], stack: str, phase: str

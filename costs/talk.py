@@ -54,6 +54,8 @@ def _found(op: Op) -> Iterator[tuple[str, Axes, int]]:
         axes = op.params.get("axis_name", op.params.get("axes", ()))
         axes = (axes,) if isinstance(axes, str) else tuple(a for a in axes if isinstance(a, str))
         yield KINDS[op.name], axes, size
+    elif op.alone:
+        return  # what comes in is split as outside, but here it is each device's own
     elif op.name == "dot_general":
         (sums, _), _ = op.params["dimension_numbers"]
         yield from _summed(op, [axis for i in sums for axis in dim(op.ins[0], i)])

@@ -10,6 +10,7 @@ from jax import lax
 from costs import kernels, program, roofline
 from costs.collectives import collectives, totals
 from costs.flops import flops_per_token, matmul_params
+from costs.talk import talk_of
 from model.config import ModelConfig
 from sharding import mesh as meshes
 from tests.meshes import hybrid
@@ -66,6 +67,18 @@ def test_a_split_sum_talks_once_and_says_over_what():
     [kernel] = [k for k in kernels.schedule(found, kernels.Compiler()).kernels if k.talk]
     [talk] = kernel.talk
     assert (talk.kind, talk.axes, talk.bytes, talk.ways) == ("all-reduce", ("tensor",), 64, 2)
+
+
+def test_in_a_shard_map_a_sum_is_each_devices_own_unless_it_names_axes():
+    def function(x):
+        def local(x):
+            return jnp.sum(x[None], axis=(0, 1)), lax.psum(jnp.sum(x, axis=0), "data")
+
+        return jax.shard_map(local, out_specs=(jax.P("data"), jax.P()))(x)
+
+    found = read(function, (8, 6), specs=(jax.P("data", None),), sizes=(2, 2, 2))
+    talk = [one for op in found.ops for one in talk_of(op, found.sizes)]
+    assert [(one.kind, one.axes, one.bytes) for one in talk] == [("all-reduce", ("data",), 24)]
 
 
 def step_of(run, devices, platform="cpu"):
