@@ -11,6 +11,7 @@ import pytest
 
 from checkpoint import manifest
 from checkpoint.store import Saved, Store
+from tests.training.conftest import NO_SAMPLE
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_a_full_disk_is_told_and_once_there_is_room_the_run_saves_again(
 ):
     folder = disk(tmp_path / "run" / "checkpoints", 16 << 20)
     at = {3: lambda: fill(folder), 5: (folder / "ballast").unlink}
-    ended = command_line(at=at)
+    ended = command_line(NO_SAMPLE, at=at)
     assert ended.code == 0, ended.err
     (told,) = lines_of(ended, "step 4 is not saved")
     assert re.search("No space left on device", told), told
@@ -70,11 +71,12 @@ def test_a_full_disk_is_told_and_once_there_is_room_the_run_saves_again(
     assert "Traceback" not in ended.err, ended.err
 
 
+@pytest.mark.slow  # tests/training/test_loop.py has the same of a Store that fails
 def test_a_disk_that_stays_full_ends_a_run_with_code_5_after_its_last_step(
     finished, command_line, disk, tmp_path
 ):
     folder = disk(tmp_path / "run" / "checkpoints", 16 << 20)
-    ended = command_line(at={5: lambda: once(folder / "4", lambda: fill(folder))})
+    ended = command_line(NO_SAMPLE, at={5: lambda: once(folder / "4", lambda: fill(folder))})
     assert ended.code == 5 and "step 12 could not be saved" in ended.err
     assert lines_of(ended, "step 12 is not saved") and ended.steps_saved() == [4]
     assert ended.losses() == finished.losses()
@@ -82,6 +84,7 @@ def test_a_disk_that_stays_full_ends_a_run_with_code_5_after_its_last_step(
     assert "Traceback" not in ended.err, ended.err
 
 
+@pytest.mark.slow  # a full disk above is told and forgiven on the same way
 def test_a_folder_that_becomes_read_only_is_told_and_forgiven(
     finished, command_line, disk, tmp_path
 ):
@@ -91,7 +94,7 @@ def test_a_folder_that_becomes_read_only_is_told_and_forgiven(
         subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
 
     at = {6: lambda: once(folder / "4", lambda: remount("ro")), 11: lambda: remount("rw")}
-    ended = command_line(at=at)
+    ended = command_line(NO_SAMPLE, at=at)
     assert ended.code == 0, ended.err
     (told,) = lines_of(ended, "step 8 is not saved")
     assert "Read-only file system" in told
@@ -138,7 +141,7 @@ def test_an_error_beside_the_run_is_told_before_the_next_save(command_line, monk
         write(folder, step, *args)
 
     monkeypatch.setattr(manifest, "write", fail)
-    ended = command_line(at={6: lambda: time.sleep(1)})  # in which the writer fails
+    ended = command_line(NO_SAMPLE, at={6: lambda: time.sleep(1)})  # in which the writer fails
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     (told,) = [i for i, line in enumerate(lines) if "step 4 is not saved: [Errno 28]" in line]

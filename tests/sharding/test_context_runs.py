@@ -50,6 +50,7 @@ def passed_on(run, ways):
     return hops * 3, hops * tokens * 3 * keys  # forward; backward, with their gradients
 
 
+@pytest.mark.slow  # tests/tools/test_parity.py compares one such mesh with one device
 def test_a_run_over_its_tokens_gives_the_values_of_one_device_and_says_no_more_than_it_must(alone):
     run = run_of("llama", 2)
     talk = compared(alone, run, context=2).talk["cpu"]

@@ -66,7 +66,7 @@ def test_a_gathered_weight_has_the_gradient_of_a_whole_one(sizes):
 
 
 @functools.cache
-def compiled(sizes, remat="none", layers=2, unroll=1):
+def compiled(sizes, remat, layers, unroll):
     """The program of a train step on a mesh, and its text."""
     model = dataclasses.replace(MODEL, remat=remat, layers=layers, unroll=unroll)
     with jax.set_mesh(mesh_of(sizes)):
@@ -78,7 +78,7 @@ def compiled(sizes, remat="none", layers=2, unroll=1):
     "sizes", [HYBRID[0], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in HYBRID[1:])]
 )
 def test_a_train_step_reduce_scatters_each_weights_gradient(sizes):
-    program, text = compiled(sizes)
+    program, text = compiled(sizes, "none", 2, 1)
     with jax.set_mesh(mesh_of(sizes)):
         check_reduce_scatters(program, text)
 

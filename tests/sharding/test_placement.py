@@ -16,7 +16,6 @@ from tests.tolerance import SAME
 
 EIGHT = [sizes for sizes in itertools.product([1, 2, 4, 8], repeat=3) if np.prod(sizes) == 8]
 FEWER = [(2, 2, 1), (1, 2, 2), (1, 4, 1), (1, 1, 2)]
-QUICK = [(2, 2, 2)]  # the others are slow together
 TIED = dataclasses.replace(MODEL, arch=dataclasses.replace(MODEL.arch, head=Head(tied=True)))
 EXPERTS = dataclasses.replace(
     MODEL,
@@ -81,12 +80,19 @@ def check(alone, sizes, layout=None, optimizer="adamw", model=MODEL):
 
 def assert_split(run, path, leaf):
     """Each device holds the part of a parameter that the layout names, and no more."""
+    assert_named(run, path, leaf)
+    part = leaf.sharding.shard_shape(leaf.shape)
+    assert {shard.data.shape for shard in leaf.addressable_shards} == {part}, path
+
+
+def assert_named(run, path, leaf):
+    """A parameter is split as the layout names it."""
     sizes = vars(run.mesh)
     spec = (*leaf.sharding.spec, *[None] * leaf.ndim)
     axes = [(dim,) if isinstance(dim, str) else dim or () for dim in spec]
     ways = [int(np.prod([sizes[axis] for axis in dim], initial=1)) for dim in axes]
     part = tuple(size // n for size, n in zip(leaf.shape, ways, strict=False))
-    assert {shard.data.shape for shard in leaf.addressable_shards} == {part}, path
+    assert leaf.sharding.shard_shape(leaf.shape) == part, path
     named = logical(run.layout, path, leaf.ndim)
     wanted = [tuple(axis for axis in dim if sizes[axis] > 1) for dim in named]
     assert wanted == [tuple(dim) for dim in axes[: leaf.ndim]], path
@@ -128,13 +134,17 @@ def device_bytes(state):
     return {name: size for name, size in parts.items() if size}
 
 
-@pytest.mark.parametrize("sizes", QUICK)
-def test_a_mesh_gives_the_losses_of_one_device(alone, sizes):
-    check(alone, sizes)
+@pytest.mark.parametrize("model", [MODEL, EXPERTS, ENCODER], ids=["dense", "experts", "encoder"])
+def test_each_parameter_lies_as_the_layout_says(model):
+    run = run_of((2, 2, 2), model=model)
+    with jax.set_mesh(mesh_of((2, 2, 2))):
+        params = train.build(run).state.params
+    for path, leaf in jax.tree.leaves_with_path(params):
+        assert_named(run, path, leaf)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", [*(sizes for sizes in EIGHT if sizes not in QUICK), *FEWER])
+@pytest.mark.slow  # tests/tools/test_parity.py compares one hybrid mesh with one device
+@pytest.mark.parametrize("sizes", [*EIGHT, *FEWER])
 def test_every_mesh_gives_the_losses_of_one_device(alone, sizes):
     check(alone, sizes)
 

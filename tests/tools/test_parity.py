@@ -66,17 +66,19 @@ def _refer(refer, run):
     return refer(run, jax.devices(), tool.CPU_OPTIONS)
 
 
-def test_a_dense_recipe_passes_on_a_hybrid_mesh(one_device, monkeypatch, capsys):
+def test_a_dense_recipe_passes_on_hybrid_meshes(one_device, monkeypatch, capsys):
     monkeypatch.setattr(tool, "refer", one_device)
-    assert run(*DENSE, "--verbose") == 0
+    over_tokens = "data=2,context=2,tensor=2"
+    assert run(*DENSE[:1], f"--meshes={HYBRID};{over_tokens}", *DENSE[2:], "--verbose") == 0
     out = capsys.readouterr().out
-    assert re.search(rf"\| {HYBRID} .*\| pass \|", out)
+    for mesh in (HYBRID, over_tokens):
+        assert re.search(rf"\| {mesh} .*\| pass \|", out)
     # Five of weights; six of tokens: of a layer's two sums and of what their inputs get back, of
     # the embedding's sum, of what the head gives back.
     assert re.search(rf"\| {HYBRID} +\| \d+: [\d.]+ KiB +\| 11: ", out), "reduce-scatters"
     table = re.search(r"\| embedding\.table +\| (\d+)", out)
     assert int(table[1]) == 64 * 32 * 4 // 4  # vocab over tensor, width over fsdp
-    assert "1 of 1 meshes within 1e-05 of one device" in out
+    assert "2 of 2 meshes within 1e-05 of one device" in out
 
 
 def test_a_gradient_that_is_not_summed_over_data_fails(one_device, monkeypatch, capsys):

@@ -54,6 +54,9 @@ def get_config() -> Run:
 '''
 
 
+NO_SAMPLE = "--config.sample.tokens=0"  # whose programs take long to make
+
+
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory):
     """The path of the tiny recipe, which reads a corpus beside it."""

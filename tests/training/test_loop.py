@@ -13,6 +13,7 @@ from checkpoint import store
 from configs.load import load
 from monitor.metrics import EVAL, TRAIN
 from sharding import mesh as meshes
+from tests.training.conftest import NO_SAMPLE
 
 
 def test_the_loss_falls_and_every_row_has_its_keys(finished):
@@ -107,7 +108,7 @@ def test_the_saved_config_repeats_the_run_bit_for_bit_and_a_trace_changes_nothin
 def test_how_often_a_run_speaks_changes_nothing_in_it(finished, command_line):
     ended = command_line(
         "--config.log.every=1", "--config.eval.every=0", "--config.checkpoint.every=0",
-        "--config.sample.tokens=0",
+        NO_SAMPLE,
     )  # fmt: skip
     assert ended.code == 0, ended.err
     assert list(ended.rows()) == [*range(1, 13)] and list(ended.rows("eval_loss")) == [12]
@@ -121,7 +122,7 @@ def test_a_transfer_that_nobody_asked_for_ends_the_run(command_line, monkeypatch
         return arrays  # NumPy arrays, which jit would move by itself
 
     monkeypatch.setattr(train.Program, "place", careless)
-    ended = command_line("--config.eval.every=0")
+    ended = command_line("--config.eval.every=0", NO_SAMPLE)
     assert ended.code == 1 and "isallowed host-to-device transfer" in ended.err
 
 
@@ -151,7 +152,7 @@ def failing(store, steps):
 
 def test_the_last_state_unsaved_is_an_exit_code_of_its_own(command_line, monkeypatch):
     monkeypatch.setattr(store.Store, "save", failing(store, {8, 10, 12}))
-    ended = command_line()
+    ended = command_line(NO_SAMPLE)
     assert ended.code == 5 and "step 12 could not be saved" in ended.err
     assert "step 8 is not saved: [Errno 28] No space left on device" in ended.out
     assert ended.steps_saved() == [4]
@@ -161,7 +162,7 @@ def test_the_last_state_unsaved_is_an_exit_code_of_its_own(command_line, monkeyp
 @pytest.mark.slow
 def test_a_save_that_fails_on_the_way_is_told_and_forgiven(command_line, monkeypatch):
     monkeypatch.setattr(store.Store, "save", failing(store, {4}))
-    ended = command_line()
+    ended = command_line(NO_SAMPLE)
     assert ended.code == 0 and "step 4 is not saved" in ended.out
     assert ended.steps_saved() == [6, 8, 12]  # it tried again before the next was due
 

@@ -9,11 +9,10 @@ import signal
 import pytest
 
 from tests.tolerance import SAME
-from tests.training.conftest import Ended
+from tests.training.conftest import NO_SAMPLE, Ended
 
 slow = pytest.mark.slow
 PATIENCE = 240  # seconds for what takes ten on a machine that does nothing else
-NO_SAMPLE = "--config.sample.tokens=0"
 
 
 @pytest.fixture

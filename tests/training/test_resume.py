@@ -14,6 +14,7 @@ from checkpoint.convert import convert
 from checkpoint.pretrained import open_pretrained
 from configs.load import load
 from tests.tolerance import SAME
+from tests.training.conftest import NO_SAMPLE
 
 
 @pytest.fixture
@@ -56,13 +57,14 @@ def test_no_piece_of_text_is_seen_twice(finished):
 
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(finished, command_line):
     before = signal.getsignal(signal.SIGTERM)
-    stopped = command_line(at={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    kill = {5: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    stopped = command_line(NO_SAMPLE, at=kill)
     assert stopped.code == 143
     assert "stopped by SIGTERM, step 5 saved; the same command goes on" in stopped.err
     assert stopped.steps_saved() == [4, 5]
     assert signal.getsignal(signal.SIGTERM) == before
     assert not (stopped.workdir / "report.html").exists()
-    ended = command_line()
+    ended = command_line(NO_SAMPLE)
     assert ended.code == 0, ended.err
     assert ended.state(12) == finished.state(12)
     losses = ended.losses()  # step 5 is a row too: it was the last before the signal
@@ -76,7 +78,7 @@ def test_a_signal_whose_state_cannot_be_saved_is_no_clean_stop(command_line, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store.Store, "save", fail)
-    stopped = command_line(at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    stopped = command_line(NO_SAMPLE, at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     assert stopped.code == 5 and "stopped by SIGTERM, step 2 could not be saved" in stopped.err
     assert len(stopped.batches) == 2
 
@@ -161,7 +163,8 @@ def test_a_run_leaves_its_stages_and_goes_on_with_the_same_losses_and_sample(
 
 
 def test_restore_starts_a_run_of_its_own_from_a_step_of_another(finished, command_line):
-    ended = command_line(f"--restore={finished.workdir}@4", "--config.checkpoint.every=0")
+    args = f"--restore={finished.workdir}@4", "--config.checkpoint.every=0"
+    ended = command_line(*args, NO_SAMPLE)
     assert ended.code == 0, ended.err
     assert "restored   step 4" in ended.out and "the data goes on" in ended.out
     assert rows_of(ended) == rows_of(finished)[2:]  # tokens included
@@ -182,7 +185,8 @@ def test_a_published_model_begins_a_run_with_its_own_sizes_and_tokenizer(
 ):
     folder = tmp_path / "published"
     convert(open_pretrained(f"{finished.workdir}@12"), folder)
-    flags = (f"--restore={folder}", "--config.model.layers=9", "--config.optim.warmup=0")
+    changes = "--config.model.layers=9", "--config.optim.warmup=0", NO_SAMPLE
+    flags = f"--restore={folder}", *changes
     ended = command_line(*flags)
     assert ended.code == 0, ended.err
     assert f"weights    {folder}, with a fresh optimizer" in ended.out
