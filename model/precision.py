@@ -133,10 +133,10 @@ def hidden(*passes: str) -> Precision:
 
 
 BF16 = Passes()
-INT8 = Passes("int8", "int8", "int8g512")
+INT8 = Passes("int8", "int8", "int8")
 PRESETS = {
     "bf16": Precision(),
-    "int8": hidden("int8", "int8", "int8g512"),
+    "int8": Precision(attention=INT8, mlp=INT8),
     "fp8": hidden("fp8", "fp8", "fp8"),
     # Quantization-aware: the gradients of weights that will be stored so.
     "w8": hidden("w8"),

@@ -45,12 +45,19 @@ KINDS = "H100", "H200", "H800", "H20"  # and GH200, in how devices name themselv
 LEAST = 256  # rows of both below which most of a tile would be padding
 
 
-def why_not(x_RK: jax.Array, w_NK: jax.Array, group: int = 0) -> str:
-    """Why this kernel does not apply; "" if it does. `group`: of K, 0: all."""
+def not_here() -> str:
+    """Why the kernels for Hopper GPUs do not run here; "" if they do."""
     if jax.__version_info__ < (0, 11):
         return f"the kernel is written for jax 0.11, this is {jax.__version__}"
     if not any(name in kind() for name in KINDS):
         return f"the kernel is written for Hopper GPUs, this is {kind()}"
+    return ""
+
+
+def why_not(x_RK: jax.Array, w_NK: jax.Array, group: int = 0) -> str:
+    """Why this kernel does not apply; "" if it does. `group`: of K, 0: all."""
+    if reason := not_here():
+        return reason
     if min(len(x_RK), len(w_NK)) < LEAST:
         return f"products of {len(x_RK)} and {len(w_NK)} rows; the kernel needs {LEAST} of both"
     if group % GROUPED.depth or (group and x_RK.shape[1] % group):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from model.kernels import engine, hopper_round
+
 TOPS = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 
 
@@ -33,8 +35,7 @@ def rows(
     x_RK = x_RK if times is None else x_RK * times[None]
     parts, top = in_blocks(x_RK, block), np.float32(TOPS[form])
     largest = magnitudes(parts) if largest is None else largest.reshape(parts.shape[:-1])
-    scales = largest / top
-    inverse = jnp.where(scales > 0, 1 / scales, 0)
+    scales, inverse = scales_of(largest, form)
     levels = parts * inverse[..., None]
     if stochastic:
         levels = jnp.floor(levels + chance(parts, scales))
@@ -48,6 +49,40 @@ def rows(
 def columns(x_RK: jax.Array, **how) -> tuple[jax.Array, jax.Array]:
     """`rows` of x transposed: (values [K, R], scales [K] or [K, ceil(R / block)])."""
     return rows(x_RK.T, **how)
+
+
+def both(
+    x_RK: jax.Array,
+    forms: tuple[str, str],
+    largest: tuple[jax.Array, jax.Array],
+    times: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]]:
+    """(`rows` of x times `times`, `columns` of x), of forms and magnitudes for each.
+
+    No rows if the first form is "". On a Hopper GPU x is read once.
+    """
+    form, turned = forms
+    if engine.platform() == "gpu":
+        if not (reason := hopper_round.why_not(x_RK)):
+            levels, every = [], []
+            for name, own in zip(forms, largest, strict=True):
+                scales, inverse = scales_of(own, name) if name else (None, None)
+                every.append(scales)
+                levels.append(inverse)
+            rows_of = hopper_round.Levels(form, levels[0], times) if form else None
+            by_row, by_column = hopper_round.both(
+                x_RK, rows_of, hopper_round.Levels(turned, None, levels[1])
+            )
+            return (by_row, every[0]) if form else None, (by_column, every[1])
+        engine.tell("transposed and rounded by XLA", reason)
+    by_row = rows(x_RK, form=form, largest=largest[0], times=times) if form else None
+    return by_row, columns(x_RK, form=turned, largest=largest[1])
+
+
+def scales_of(largest: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:
+    """(scales, what to multiply by: one over them, or nothing where all is nothing)."""
+    scales = largest / np.float32(TOPS[form])
+    return scales, jnp.where(scales > 0, 1 / scales, 0)
 
 
 def magnitudes(x: jax.Array) -> jax.Array:

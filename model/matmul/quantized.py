@@ -36,6 +36,7 @@ from model.matmul.rounded import (
     multiplied,
     of_gradients,
     tokens_together,
+    turned,
     turned_back,
 )
 from model.precision import Format, Passes
@@ -143,19 +144,15 @@ def _backward(
     x, form = together(x, way.plan.gathers), Format.parse(way.passes.wgrad)
     x_RI = matrix(x, way.inputs)
     dys_RO = [together(dy, way.plan.scatters).reshape(len(x_RI), -1) for dy in dys]
-    dx_RI = sum(dgrad(way, dy_RO, w) for dy_RO, w in zip(dys_RO, ws, strict=True))
+    of_x, of_dy = wgrad_roundings(way, form, x.shape[-way.inputs - 1], len(x_RI))
+    pairs = [dgrad(way, dy_RO, w, of_dy) for dy_RO, w in zip(dys_RO, ws, strict=True)]
+    dx_RI = sum(dx_RI for dx_RI, _ in pairs)
     dx = summed(dx_RI.reshape(x.shape), way.left(way.outer), way.plan.gathers)
-    if form.exact:
-        turned = [a.T for a in (x_RI, *dys_RO)]
-    else:
-        block = tokens_together(x.shape[-way.inputs - 1], len(x_RI), form)
-        of_dy = of_gradients(form, way.passes, block, way.plan.rows)
-        turned = [Rounding(OF_VALUES[form.kind], block, way.plan.rows).by_column(x_RI)]
-        turned += [of_dy.by_column(dy_RO) for dy_RO in dys_RO]
+    xT_IR = turned(x_RI, of_x)
     apart = tuple(jax.typeof(ws[0]).mat.reduced)
     rows, dws = tuple(axis for axis in way.plan.rows if axis not in apart), []
-    for dyT_OR, w in zip(turned[1:], ws, strict=True):
-        dw_OI = multiplied(dyT_OR, turned[0], x.dtype)
+    for (_, dyT_OR), w in zip(pairs, ws, strict=True):
+        dw_OI = multiplied(dyT_OR, xT_IR, x.dtype)
         dw = dw_OI.reshape(*w.shape[: way.batch], *outputs_of(way, w), *x.shape[-way.inputs :])
         # Devices talk: gradients are reduce-scattered to where weights lie, in compute precision.
         dw = scattered(dw, way.w, rows).astype(w.dtype)
@@ -163,16 +160,33 @@ def _backward(
     return dx, tuple(dws)
 
 
-def dgrad(way: Way, dy_RO: jax.Array, w: jax.Array) -> jax.Array:
-    """[R, I]: dy times the weight that the forward pass saw."""
+def wgrad_roundings(
+    way: Way, form: Format, tokens: int, rows: int
+) -> tuple[Rounding | None, Rounding | None]:
+    """How x and dy are rounded, of rows of so many tokens: by channel, or all of fp8 alike."""
+    if form.exact:
+        return None, None
+    block = tokens_together(tokens, rows, form)
+    of_x = Rounding(OF_VALUES[form.kind], block, way.plan.rows)
+    of_dy = of_gradients(form, way.passes, block, way.plan.rows)
+    if not form.fp8 or block:
+        return of_x, of_dy
+    return of_x._replace(alike=way.left(way.inner)), of_dy._replace(alike=way.left(way.outer))
+
+
+def dgrad(
+    way: Way, dy_RO: jax.Array, w: jax.Array, wgrad: Rounding | None
+) -> tuple[jax.Array, Operand]:
+    """([R, I]: dy times the weight that the forward pass saw; [O, R]: dy as `wgrad` has it)."""
     form, seen = Format.parse(way.passes.dgrad), Format.parse(way.passes.forward)
     rounding = of_gradients(form, way.passes, over=way.left(way.outer))
     saw = form if seen.exact else seen
     if rounding is None or not (form.group or saw.group or form.fp8 != saw.fp8):
         w_OI = weight(way, w, seen if rounding is None else saw, dy_RO.dtype)
-        return turned_back(dy_RO, w_OI, rounding)
+        return turned_back(dy_RO, w_OI, rounding, wgrad)
     wT_IO = weight_turned(way, w, form)
-    return multiplied(rounding._replace(block=wT_IO.block).by_row(dy_RO), wT_IO, dy_RO.dtype)
+    by_token = rounding._replace(block=wT_IO.block).by_row(dy_RO)
+    return multiplied(by_token, wT_IO, dy_RO.dtype), turned(dy_RO, wgrad)
 
 
 def matrix(x: jax.Array, inputs: int) -> jax.Array:

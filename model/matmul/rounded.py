@@ -37,24 +37,42 @@ class Rounding(NamedTuple):
     block: int = 0  # columns; 0: all
     over: Axes = ()  # mesh axes along which others have the rest of these columns
     stochastic: bool = False
+    alike: Axes | None = None  # mesh axes of other rows with the same scale; None: each its own
 
     def by_row(self, x_RK: jax.Array, times: jax.Array | None = None) -> Rounded:
         """[R, K]; each column of x multiplied by its own of `times` before."""
-        largest = None
-        if self.over and not self.block:
-            x32 = x_RK.astype(jnp.float32)
-            largest = quantize.magnitudes(x32 if times is None else x32 * times[None])
-            # Devices talk: they agree on a scale.
-            largest = lax.pmax(largest, self.over)
+        shared = (self.over or self.alike is not None) and not self.block
+        largest = self.largest(x_RK, times) if shared else None
         how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
         return Rounded(*quantize.rows(x_RK, largest=largest, times=times, **how), self.block)
 
     def by_column(self, x_KR: jax.Array) -> Rounded:
         """[R, K], of x transposed."""
-        if self.over and not self.block:
+        if self.block or self.stochastic:
             return self.by_row(x_KR.T)
-        how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
-        return Rounded(*quantize.columns(x_KR, **how), self.block)
+        _, turned = quantize.both(x_KR, ("", self.form), (None, self.largest(x_KR.T)))
+        return Rounded(*turned)
+
+    def largest(self, x_RK: jax.Array, times: jax.Array | None = None) -> jax.Array:
+        """[R]: the magnitudes that scales are made of."""
+        x_RK = x_RK.astype(jnp.float32)
+        largest_R = quantize.magnitudes(x_RK if times is None else x_RK * times[None])
+        if self.alike is not None:
+            largest_R = jnp.broadcast_to(jnp.max(largest_R), largest_R.shape)
+        over = (*self.over, *(self.alike or ()))
+        # Devices talk: they agree on a scale.
+        return lax.pmax(largest_R, over) if over else largest_R
+
+
+def both(
+    x_RK: jax.Array, rows: Rounding, columns: Rounding, times: jax.Array
+) -> tuple[Rounded, Rounded]:
+    """(x by row, each column multiplied by its own of `times` before; x by column)."""
+    if rows.block or columns.block or rows.stochastic or columns.stochastic:
+        return rows.by_row(x_RK, times), columns.by_column(x_RK)
+    largest = rows.largest(x_RK, times), columns.largest(x_RK.T)
+    each = quantize.both(x_RK, (rows.form, columns.form), largest, times)
+    return tuple(Rounded(*one) for one in each)
 
 
 def of_gradients(form: Format, passes: Passes, block: int = 0, over: Axes = ()) -> Rounding | None:
@@ -64,16 +82,28 @@ def of_gradients(form: Format, passes: Passes, block: int = 0, over: Axes = ()) 
     return Rounding(OF_GRADIENTS[form.kind], block, over, passes.rounding == "stochastic")
 
 
-def turned_back(dy_RN: jax.Array, w_NK: Operand, rounding: Rounding | None) -> jax.Array:
-    """[R, K]: dy w, of a weight with scales of its outputs: one each, if dy is rounded.
+def turned_back(
+    dy_RN: jax.Array, w_NK: Operand, rounding: Rounding | None, wgrad: Rounding | None = None
+) -> tuple[jax.Array, Operand]:
+    """([R, K]: dy w, of a weight with scales of its outputs, one each if dy is rounded;
+    [N, R]: dy transposed, as `wgrad` has it).
 
-    These belong to the contracted dim here: they go to dy before that is rounded.
+    The weight's scales belong to the contracted dim here: they go to dy before that is rounded.
     """
     if rounding is None:
-        return multiplied(dy_RN, exact(w_NK, dy_RN.dtype).T, dy_RN.dtype)
-    by_token = rounding.by_row(dy_RN, times=w_NK.scales)
+        dx_RK = multiplied(dy_RN, exact(w_NK, dy_RN.dtype).T, dy_RN.dtype)
+        return dx_RK, turned(dy_RN, wgrad)
+    if wgrad is None:
+        by_token, dyT_NR = rounding.by_row(dy_RN, times=w_NK.scales), dy_RN.T
+    else:
+        by_token, dyT_NR = both(dy_RN, rounding, wgrad, w_NK.scales)
     ones_K = jnp.ones_like(w_NK.values[0], jnp.float32)
-    return multiplied(by_token, Rounded(w_NK.values.T, ones_K), dy_RN.dtype)
+    return multiplied(by_token, Rounded(w_NK.values.T, ones_K), dy_RN.dtype), dyT_NR
+
+
+def turned(x_RK: jax.Array, rounding: Rounding | None) -> Operand:
+    """[K, R]: x transposed, and rounded if it is to be."""
+    return x_RK.T if rounding is None else rounding.by_column(x_RK)
 
 
 def multiplied(x_RK: Operand, w_NK: Operand, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -65,7 +65,7 @@ class Table(NamedTuple):
         rounding = of_gradients(Format.parse(self.passes.dgrad), self.passes, over=self.vocab)
         if rounding is None and not isinstance(self.dgrad_vD, Rounded):
             return jnp.einsum("Cv,vD->CD", dz_Cv, self.dgrad_vD)
-        return turned_back(dz_Cv, self.dgrad_vD, rounding)
+        return turned_back(dz_Cv, self.dgrad_vD, rounding)[0]
 
     def wgrad(self, dz_Cv: jax.Array, x_CD: jax.Array) -> jax.Array:
         """[D, v] float32, of this chunk."""
