@@ -260,7 +260,7 @@ class Loop:
     def give_up(self) -> None:
         """End the command after too many skipped steps."""
         saved = f"step {self.step} is saved" if self.saved_step == self.step else (
-            f"step {self.step} could not be saved"
+            f"step {self.step} could not be saved; {self.remains()}"
         )  # fmt: skip
         raise command.Unhealthy(f"{self.health.verdict()}; {saved}")
 
@@ -268,7 +268,7 @@ class Loop:
         """End the command."""
         text = f"stopped by {signal.Signals(signum).name}, step {self.step}"
         if self.saved_step != self.step:
-            raise command.Unsaved(f"{text} could not be saved")
+            raise command.Unsaved(f"{text} could not be saved; {self.remains()}")
         raise command.Stopped(signum, f"{text} saved; the same command goes on")
 
     def __enter__(self) -> "Loop":
@@ -282,7 +282,17 @@ class Loop:
         self.goodput.write()
         self.progress.print(f"goodput    {self.goodput.told()}")
         if error is None and self.saved_step != self.step:
-            raise command.Unsaved(f"the state of step {self.step} could not be saved")
+            raise command.Unsaved(
+                f"the state of step {self.step} could not be saved; {self.remains()}"
+            )
+
+    def remains(self) -> str:
+        """What a user can do whose last state is lost."""
+        try:
+            where = f"from step {store.Saved.open(self.saves.path).step}"
+        except OSError:
+            where = "from the beginning, for there is no save"
+        return f"see that {self.saves.path} has room, then the same command goes on {where}"
 
 
 def due(step: int, every: int) -> bool:

@@ -78,6 +78,7 @@ def test_a_disk_that_stays_full_ends_a_run_with_code_5_after_its_last_step(
     folder = disk(tmp_path / "run" / "checkpoints", 16 << 20)
     ended = command_line(NO_SAMPLE, at={5: lambda: once(folder / "4", lambda: fill(folder))})
     assert ended.code == 5 and "step 12 could not be saved" in ended.err
+    assert f"see that {folder} has room, then the same command goes on from step 4" in ended.err
     assert lines_of(ended, "step 12 is not saved") and ended.steps_saved() == [4]
     assert ended.losses() == finished.losses()
     assert not list(folder.glob("*tmp*"))  # what a failed save wrote is given back

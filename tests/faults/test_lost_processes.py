@@ -8,6 +8,7 @@ import time
 import pytest
 
 from sharding.cluster import join
+from tests.faults.often import nightly
 from tests.training.conftest import free_port
 
 pytestmark = pytest.mark.slow
@@ -68,6 +69,15 @@ def test_a_step_that_never_ends_names_who_hangs_and_shows_where(several):
         assert f"are process 1 (pid {processes[1].pid} on {socket.gethostname()}), and" in err
     assert "in __next__" in ends[1][2] and "Thread 0x" in ends[1][2]
     assert limit - 2 < took < limit + 5 + 5
+
+
+@nightly
+def test_a_step_that_never_ends_ends_a_process_that_is_alone_too(start, tmp_path):
+    process = start(tmp_path / "run", *ENDLESS, "--step_timeout=8", HANG_AT="5")
+    process.wait_for(r"step +2/")
+    code, _, err = process.end(8 + 5 + 10)
+    assert code == 4 and "in __next__" in err
+    assert "no step has ended for 8 s: still reading the data of step 5; the same" in err
 
 
 def test_an_error_of_one_is_told_by_the_others(several):

@@ -80,6 +80,7 @@ def test_a_signal_whose_state_cannot_be_saved_is_no_clean_stop(command_line, mon
     monkeypatch.setattr(store.Store, "save", fail)
     stopped = command_line(NO_SAMPLE, at={2: lambda: os.kill(os.getpid(), signal.SIGTERM)})
     assert stopped.code == 5 and "stopped by SIGTERM, step 2 could not be saved" in stopped.err
+    assert "the same command goes on from the beginning, for there is no save" in stopped.err
     assert len(stopped.batches) == 2
 
 
