@@ -167,9 +167,10 @@ def wgrad_roundings(
     if form.exact:
         return None, None
     block = tokens_together(tokens, rows, form)
-    of_x = Rounding(OF_VALUES[form.kind], block, way.plan.rows)
-    of_dy = of_gradients(form, way.passes, block, way.plan.rows)
-    if not form.fp8 or block:
+    over = () if form.group else way.plan.rows  # a device may have one group of tokens only
+    of_x = Rounding(OF_VALUES[form.kind], block, over)
+    of_dy = of_gradients(form, way.passes, block, over)
+    if not form.fp8 or form.group:
         return of_x, of_dy
     return of_x._replace(alike=way.left(way.inner)), of_dy._replace(alike=way.left(way.outer))
 
