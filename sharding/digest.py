@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sharding import offload
 
@@ -35,10 +35,15 @@ def digests(tree: Any, mesh: Mesh) -> dict[Axes, np.ndarray]:
 
     specs = tuple(leaf.sharding.spec for leaf in leaves)
     found = _table(leaves, tuple(map(tuple, groups.values())), specs, mesh)
-    # Devices talk: each process tells the others of its devices' numbers.
-    table = np.asarray(multihost_utils.process_allgather(found, tiled=True))
+    table = _told(found)
     shape = mesh.devices.shape
     return {axes: table[:, i].reshape(shape) for i, axes in enumerate(groups)}
+
+
+def _told(numbers: jax.Array) -> np.ndarray:
+    """The numbers of all devices, on every host."""
+    # Devices talk: each process tells the others of its devices' numbers.
+    return np.asarray(multihost_utils.process_allgather(numbers, tiled=True))
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
@@ -51,6 +56,24 @@ def _table(leaves: list, groups: tuple, specs: tuple, mesh: Mesh) -> jax.Array:
     rows = jax.P(mesh.axis_names)
     whole = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return whole(*offload.fetch(leaves))
+
+
+def probe(mesh: Mesh, size: int = 2048, rounds: int = 10) -> np.ndarray:
+    """The number of what each device makes by itself of the same matrix, in the mesh's shape:
+    matmuls and curves."""
+
+    def own(x: jax.Array) -> jax.Array:
+        def once(a: jax.Array, _: None) -> tuple[jax.Array, None]:
+            half = a.astype(jnp.bfloat16) @ x.astype(jnp.bfloat16)
+            return jnp.tanh(half + a @ x), None
+
+        return digest([lax.scan(once, x, length=rounds)[0]])[None]
+
+    rows = jax.P(mesh.axis_names)
+    each = jax.shard_map(own, mesh=mesh, in_specs=jax.P(), out_specs=rows, check_vma=False)
+    waves = np.sin(np.arange(size * size, dtype=np.float32)).reshape(size, size)
+    x = jax.device_put(waves / np.sqrt(size / 4), NamedSharding(mesh, jax.P()))
+    return _told(jax.jit(each)(x)).reshape(mesh.devices.shape)
 
 
 def split_by(spec: jax.P, mesh: Mesh) -> Axes:

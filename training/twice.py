@@ -7,7 +7,7 @@ arXiv:2102.11245.
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from configs import command
 from configs.run import Run
 from monitor.progress import Progress
-from sharding.digest import differing, digests, odd_copies
+from sharding.digest import differing, digests, odd_copies, probe
 
 Step = Callable[[Any, Any], tuple[Any, dict]]
 Aside = Callable[[], contextlib.AbstractContextManager]
@@ -62,12 +62,12 @@ class Twice:
                 state = jax.tree.map(Kept.array, kept)
             made = self._compute(state, batch)
             again = digests(made, mesh)
-        wrong = differing(first, again)
-        if wrong.any():
-            raise command.Corrupt(self._verdict(step, "computed twice gave other bits", wrong))
-        odd = odd_copies(again, mesh)
-        if odd.any():
-            raise command.Corrupt(self._verdict(step, "left copies that differ", odd))
+            wrong = differing(first, again)
+            if wrong.any():
+                raise command.Corrupt(self._verdict(step, "computed twice gave other bits", wrong))
+            odd = odd_copies(again, mesh)
+            if odd.any():
+                raise command.Corrupt(self._verdict(step, "left copies that differ", odd))
         if not self._good:
             seconds = time.perf_counter() - start
             self._progress.print(
@@ -78,19 +78,28 @@ class Twice:
 
     def _verdict(self, step: int, what: str, wrong: np.ndarray) -> str:
         """What happened and what to do, where `wrong` says so of the mesh's devices."""
-        devices = jax.sharding.get_mesh().devices[wrong]
-        names = "; ".join(map(named, devices))
+        mesh = jax.sharding.get_mesh()
+        where = names(mesh.devices[wrong])
         if wrong.all() and wrong.size > 1:
-            names += ", that is all: it was before they shared their gradients, on any of them"
+            odd = odd_copies({(): probe(mesh)}, mesh)
+            found = names(mesh.devices[odd]) if odd.any() else "no fault"
+            where = (
+                f"all {wrong.size} devices, so before they shared their gradients; a short test of "
+                f"each device by itself finds {found}"
+            )
         since = f"step {self._good} was the last with equal bits" if self._good else (
             "no step was checked before in this process"
         )  # fmt: skip
         return (
-            f"silent data corruption: step {step} {what} on {names}. Nothing of the step is "
+            f"silent data corruption: step {step} {what} on {where}. Nothing of the step is "
             f"saved, and {since}; a save after that may hold damage. Take the hardware out, "
             f"then the same command goes on from the last save, or "
             f"--restore=WORKDIR@STEP in another --workdir from an older one"
         )
+
+
+def names(devices: Iterable[jax.Device]) -> str:
+    return "; ".join(map(named, devices))
 
 
 def named(device: jax.Device) -> str:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 import train
 from configs.run import GuardConfig, Run
 from sharding import mesh as meshes
-from sharding.digest import differing, digests, odd_copies
+from sharding.digest import differing, digests, odd_copies, probe
 from sharding.mesh import MeshConfig
 from tests.faults.often import SEED, sometimes, times
 from training import twice
@@ -82,6 +82,14 @@ def test_of_copies_the_one_that_differs_is_named_and_of_two_both(mesh, tree):
         assert [found.id for found in mesh.devices[odd_copies(other, mesh)]] == named, name
 
 
+def test_of_devices_that_compute_the_same_by_themselves_the_odd_one_is_named(mesh):
+    numbers = probe(mesh, size=16, rounds=3).copy()
+    assert numbers.shape == mesh.devices.shape and len(set(numbers.flat)) == 1
+    numbers.reshape(-1)[5] ^= 4
+    (odd,) = mesh.devices[odd_copies({(): numbers}, mesh)]
+    assert odd == mesh.devices.flat[5]
+
+
 def test_a_state_comes_back_from_the_host_bit_by_bit_each_copy_for_itself(mesh, tree):
     odd = {**tree, "copies": flipped(tree["copies"], 6, 2, 1)}
     back = jax.tree.map(Kept.array, jax.tree.map(Kept.of, odd))
@@ -122,12 +130,14 @@ def hardware(monkeypatch, harm) -> None:
     monkeypatch.setattr(train.Program, "compile", spoiled)
 
 
-def harmed(state, where: str, device: int):
-    """The state with a flipped bit in the largest array of a part of it."""
+def harmed(state, where: str, *devices: int):
+    """The state with a bit flipped on each of the devices, in the largest array of a part of it."""
     part = getattr(state, where)
-    largest = max(jax.tree.leaves(part), key=lambda leaf: leaf.size)
-    other = jax.tree.map(lambda a: flipped(a, device, 9, 4) if a is largest else a, part)
-    return dataclasses.replace(state, **{where: other})
+    largest = other = max(jax.tree.leaves(part), key=lambda leaf: leaf.size)
+    for device in devices:
+        other = flipped(other, device, 9, 4)
+    part = jax.tree.map(lambda a: other if a is largest else a, part)
+    return dataclasses.replace(state, **{where: part})
 
 
 def test_a_bit_that_flips_in_one_computation_ends_the_run_with_code_6_and_its_device(
@@ -143,6 +153,24 @@ def test_a_bit_that_flips_in_one_computation_ends_the_run_with_code_6_and_its_de
     assert told.count("device ") == 1 and "step 4 was the last with equal bits" in told
     assert "Nothing of the step is saved" in told and "Traceback" not in ended.err
     assert ended.steps_saved() == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sick", "found"), [((), "no fault"), ((6,), "device 6 (cpu)")])
+def test_what_reached_all_devices_is_looked_for_on_each_by_itself(
+    command_line, monkeypatch, sick, found
+):
+    def looked(mesh):
+        numbers = np.zeros(mesh.devices.shape, np.uint32)
+        for device in sick:
+            numbers.reshape(-1)[device] = 1
+        return numbers
+
+    monkeypatch.setattr(twice, "probe", looked)
+    hardware(monkeypatch, lambda n, s: harmed(s, "params", *range(8)) if n == 10 else s)
+    ended = command_line(*QUICK, "--config.guard.twice=4")
+    assert ended.code == 6 and "on all 8 devices, so before they shared" in ended.err
+    assert f"a short test of each device by itself finds {found}" in ended.err
 
 
 @pytest.mark.slow
