@@ -52,6 +52,18 @@ def cache_folder(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A folder of compiled programs, and the settings by which JAX keeps them there: kept.py."""
+    folder = tmp_path_factory.mktemp("compiled")
+    values = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    return folder, values
+
+
 @pytest.fixture
 def heeds_ctrl_c():
     """A shell has its background commands ignore it, and a test run may be one."""

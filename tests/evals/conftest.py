@@ -14,6 +14,7 @@ from checkpoint.store import Store
 from configs import command, load
 from configs.run import Run, to_json
 from tests.evals.tiny import CFG, tiny_scorer
+from tests.kept import keeps_programs  # noqa: F401
 from text.tokenizer import Bytes
 
 STEPS = 30  # of the run

@@ -1,3 +1,3 @@
 """The tiny run of tests/training, for scripts that start it."""
 
-from tests.training.conftest import compiled, recipe  # noqa: F401
+from tests.training.conftest import recipe  # noqa: F401

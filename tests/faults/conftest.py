@@ -2,7 +2,6 @@
 
 from tests.training.conftest import (  # noqa: F401
     command_line,
-    compiled,
     finished,
     recipe,
     session_command,

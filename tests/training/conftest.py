@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import pytest
 from absl.testing import flagsaver
-from jax.experimental.compilation_cache import compilation_cache
 
 import train
 from configs import command
@@ -25,6 +23,7 @@ from costs import devices
 from data.loader import Loader
 from monitor import metrics
 from sharding.cluster import join
+from tests.kept import kept_programs
 from training import text
 
 RECIPE = '''"""A run of seconds."""
@@ -69,31 +68,6 @@ def recipe(tmp_path_factory):
     path = folder / "tiny.py"
     path.write_text(RECIPE.replace("{corpus!r}", repr(str(corpus))))
     return path
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """A folder in which every program is compiled once, for the runs of these tests."""
-    folder = tmp_path_factory.mktemp("compiled")
-    values = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    return folder, values
-
-
-@contextlib.contextmanager
-def kept_programs(compiled) -> Iterator[None]:
-    """JAX takes compiled programs from the folder."""
-    before = {name: getattr(jax.config, name) for name in compiled[1]}
-    for name, value in compiled[1].items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Recorded(Loader):
