@@ -107,6 +107,11 @@ class Precision:
             if Format.parse(text).group:
                 raise ValueError(f"head: {name}={text!r} has groups, which are of hidden layers")
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any matmul rounds its operands."""
+        return self != Precision()
+
     @classmethod
     def by_name(cls, name: str) -> "Precision":
         """The preset of this name."""

@@ -5,12 +5,16 @@ pip install --no-deps libtpu (0.5 GB), then pytest -m aot.
 
 import dataclasses
 import importlib.util
+import math
 
 import jax
 import pytest
 from jax.experimental import topologies
 
 import train
+from costs import hlo
+from costs.collectives import collectives, totals
+from model.precision import Precision
 from sharding import mesh as meshes
 from tests.meshes import hybrid
 from tests.sharding.tiny import MODEL, check_reduce_scatters, run_of
@@ -26,11 +30,15 @@ LARGER = dataclasses.replace(
 )
 
 
-@pytest.fixture(scope="module")
-def tpus():
+def tpus_of(topology):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        yield topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    return tpus_of("v5e:2x4")
 
 
 def test_eight_tpus_reduce_scatter_each_weights_gradient(tpus):
@@ -38,3 +46,25 @@ def test_eight_tpus_reduce_scatter_each_weights_gradient(tpus):
     with jax.set_mesh(meshes.make(hybrid(*sizes), list(tpus))):
         program = train.build(run_of(sizes, model=LARGER))
         check_reduce_scatters(program, program.compile().as_text())
+
+
+@pytest.mark.parametrize(("topology", "sizes"), [("v5e:2x4", (2, 2, 2)), ("v5p:2x2x1", (1, 2, 2))])
+def test_tpus_multiply_int8_and_gather_weights_as_int8(topology, sizes):
+    devices, moved = list(tpus_of(topology))[: math.prod(sizes)], {}
+    for name in ("bf16", "int8"):
+        model = dataclasses.replace(LARGER, dtype="bfloat16", precision=Precision.by_name(name))
+        with jax.set_mesh(meshes.make(hybrid(*sizes), devices)):
+            text = train.build(run_of(sizes, model=model)).compile().as_text()
+        moved[name] = totals(collectives(text))["all-gather"][1]
+    exact = 0
+    for own in hlo.parse(text).computations.values():
+        results = {one.name: one.result for one in own}
+        products = [one for one in own if one.operation == "convolution"]
+        exact += sum(
+            one.result.startswith("s32[")
+            and all(results[name].startswith("s8[") for name in one.operands)
+            for one in products
+        )
+    assert exact >= 3 * 5  # of five weights: forward, dgrad, wgrad
+    # Half of those of layers; ids, the head's table and tokens between blocks stay what they were.
+    assert moved["int8"] < 0.65 * moved["bf16"]
