@@ -63,10 +63,10 @@ def convert(
     In memory are a few slices at one time: a layer's part of one array, or an array that is not
     stacked. ValueError or OSError for a target that will not do, and for a full disk.
     """
-    target = _checked(source, target)
+    target = checked(source, target)
     if dtype == "float16" and to == "meshlm":
         raise ValueError("dtype='float16' is for to='hf': ours hold float32 or bfloat16")
-    with _whole(target) as folder:
+    with whole(target) as folder:
         if to == "hf":
             digests = _write_published(source, folder, dtype, shard_bytes, progress)
         else:
@@ -78,7 +78,7 @@ def convert(
     return receipt
 
 
-def _checked(source: Pretrained, target: Path) -> Path:
+def checked(source: Pretrained, target: Path) -> Path:
     """The target as an absolute path. ValueError unless it is free, and outside of the source."""
     target = target.expanduser().resolve()
     if target.exists() and not target.is_dir():
@@ -92,7 +92,7 @@ def _checked(source: Pretrained, target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def whole(target: Path) -> Iterator[Path]:
     """A folder that becomes `target` at the end, or is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -108,7 +108,7 @@ def _whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _room(folder: Path, need: int) -> None:
+def room(folder: Path, need: int) -> None:
     """Raise before the work, not after it, if the disk cannot hold `need` bytes."""
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -134,7 +134,7 @@ def _write_published(
         for name, shape in names.foreign().items()
     }
     total = sum(map(safetensors.size_of, tensors.values()))
-    _room(folder, total)
+    room(folder, total)
     read, done = remembered(source.read), 0
 
     def tensor(name: str) -> np.ndarray:
@@ -183,7 +183,7 @@ def _write_ours(source: Pretrained, folder: Path, dtype: str, progress: Progress
     sizes = {
         name: math.prod(shape) * dtypes[name].itemsize for name, (shape, _) in source.arrays.items()
     }
-    _room(folder, sum(sizes.values()))
+    room(folder, sum(sizes.values()))
     done = 0
 
     def read(name: str, index: int | None) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 from model.config import Head, Init, ModelConfig, Moe, Rope, Scaling
 from model.families import FAMILIES, by_architecture
 from model.families.family import Family, Key
+from model.precision import Precision
 
 Config = Mapping[str, Any]
 
@@ -391,6 +392,7 @@ def _computed(cfg: ModelConfig) -> ModelConfig:
         param_dtype="float32",
         remat="none",
         unroll=1,
+        precision=Precision(),
         arch=replace(
             arch,
             rope=replace(rope, scaling=Scaling(kind, **of_kind)),

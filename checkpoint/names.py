@@ -122,6 +122,31 @@ def sizes_of(cfg: ModelConfig) -> dict[str, int]:
     }
 
 
+def our_shapes(cfg: ModelConfig) -> dict[str, Shape]:
+    """Our arrays and their full shapes; a stacked one leads with L."""
+    sizes = sizes_of(cfg)
+    repeats = cfg.layers // cfg.places
+
+    def shape(dims: str) -> Shape:
+        return tuple(sizes[letter] for letter in dims if letter.isalnum())
+
+    shapes = {name: shape(dims) for name, dims in outer_arrays(cfg).items()}
+    for layer in range(cfg.layers):
+        for name, dims in block_arrays(cfg, layer).items():
+            array, index = place_of(cfg, name, layer)
+            lead = () if index is None else (repeats,)
+            shapes[array] = (*lead, *shape(dims))
+    return shapes
+
+
+def place_of(cfg: ModelConfig, name: str, layer: int) -> tuple[str, int | None]:
+    """An array of a layer: its dotted name, and which repetition it is."""
+    repetition, place = divmod(layer, cfg.places)
+    if repetition < cfg.layers // cfg.places:
+        return f"blocks.{place}.{name}", repetition
+    return f"rest.{place}.{name}", None
+
+
 @dataclass(frozen=True)
 class Piece:
     """What a foreign tensor is of one of our arrays: its rows, cut into parts."""
@@ -178,7 +203,7 @@ class Names:
         self._repeats = cfg.layers // cfg.places
         self._outer = outer_arrays(cfg)
         self._blocks = [block_arrays(cfg, layer) for layer in range(cfg.layers)]
-        self._arrays = self._our_arrays()
+        self._arrays = our_shapes(cfg)
         tied = cfg.arch.head.tied and cfg.arch.head.kind in ("language", "masked")
         self._copies = {self._bare(a): self._bare(b) for a, b in family.copies.items() if tied}
         self._pieces = {
@@ -267,22 +292,6 @@ class Names:
             _check(name, found[name].shape, self._pieces[plain].shape)
         return Located({name: sources[name] for name in self._pieces}, copies, unused)
 
-    def _our_arrays(self) -> dict[str, Shape]:
-        shapes = {name: self._shape(dims) for name, dims in self._outer.items()}
-        for layer, arrays in enumerate(self._blocks):
-            for name, dims in arrays.items():
-                array, index = self._at(name, layer)
-                lead = () if index is None else (self._repeats,)
-                shapes[array] = (*lead, *self._shape(dims))
-        return shapes
-
-    def _at(self, name: str, layer: int) -> tuple[str, int | None]:
-        """An array of a layer: its dotted name, and which repetition it is."""
-        repetition, place = divmod(layer, self.cfg.places)
-        if repetition < self._repeats:
-            return f"blocks.{place}.{name}", repetition
-        return f"rest.{place}.{name}", None
-
     def _shape(self, dims: str) -> Shape:
         return tuple(self._sizes[letter] for letter in dims if letter.isalnum())
 
@@ -303,7 +312,7 @@ class Names:
                 dims = arrays.get(slot["array"]) if slot["block"] else None
                 if not dims or (";" in dims) != bool(slot["experts"]):
                     continue
-                at = self._at(slot["array"], layer)
+                at = place_of(self.cfg, slot["array"], layer)
                 each = range(self._sizes["E"]) if slot["experts"] == "expert" else (None,)
                 for expert in each:
                     numbers = (layer,) if expert is None else (layer, expert)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import threading
@@ -23,7 +24,8 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from checkpoint import gguf_config, hf, store
 from checkpoint.gguf import Gguf
 from checkpoint.gguf_names import Named
-from checkpoint.names import Names
+from checkpoint.names import Names, our_shapes
+from checkpoint.quantized import PARTS, Form
 from checkpoint.safetensors import DTYPES, PICKLED, Safetensors
 from checkpoint.tensors import Tensor, Tensors
 from configs import fields
@@ -40,7 +42,7 @@ FLOAT32, BFLOAT16 = np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)
 STORED = {"F32": FLOAT32, "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 # Fields that a model can be trained with in another way than it was.
 FREE = re.compile(
-    r"dtype|param_dtype|remat|unroll|arch\.(init\.\w+|(head|moe)\.z_loss)|"
+    r"dtype|param_dtype|remat|unroll|precision\.\w+\.\w+|arch\.(init\.\w+|(head|moe)\.z_loss)|"
     r"arch\.(head\.chunk|moe\.balance)"
 )
 SAMPLES, SAMPLE = 16, 4096  # blocks of a file that go into its digest, bytes of each
@@ -223,11 +225,16 @@ class Ours(Pretrained):
         self.files = {file: str(files[file]) for file in FILES if file in files}
         self.narrow = note.get("narrow", {})
         self.context = said["data"]["seq"] if self.trained else note.get("context")
-        self.arrays = {
-            array.removeprefix("params."): found
-            for array, found in self.saved.arrays().items()
+        self.quantized = note.get("quantized", {})
+        self._forms = {
+            array: Form(**form) for array, form in self.quantized.get("arrays", {}).items()
+        }
+        found = {
+            array.removeprefix("params."): shape
+            for array, shape in self.saved.arrays().items()
             if array.startswith("params.")
         }
+        self.arrays, self._stored = self._whole(found), found
         folder = self.saved.folder
         run = self.saved.path.name == "checkpoints"
         self.folders = [self.saved.path.parent if run else self.saved.path]
@@ -245,7 +252,26 @@ class Ours(Pretrained):
     def read(self, name: str, index: int | None = None) -> np.ndarray:
         """The first reading verifies all files, which takes 0.4 s a GB and core."""
         self.verify()
-        return self.saved.read(f"params.{name}", index)
+        if name not in self._forms:
+            return self.saved.read(f"params.{name}", index)
+        if index is None and stacked(name):
+            return np.stack([self.read(name, i) for i in range(self.arrays[name][0][0])])
+        parts = (self.saved.read(f"params.{name}.{part}", index) for part in PARTS)
+        shape, dtype = self.arrays[name]
+        shape = shape[1:] if stacked(name) else shape
+        return self._forms[name].read(*parts, shape).astype(dtype, copy=False)
+
+    def _whole(self, found: Mapping[str, Array]) -> dict[str, Array]:
+        """The model's arrays, of which some lie in parts. ValueError if a part is missing."""
+        parts = {f"{name}.{part}" for name in self._forms for part in PARTS}
+        if missing := parts - found.keys():
+            raise ValueError(f"{self.saved.path} lacks {min(missing)}, a part of a quantized array")
+        arrays = {name: array for name, array in found.items() if name not in parts}
+        if self._forms:
+            ours = our_shapes(self.cfg)
+            dtype = STORED["BF16" if self.cfg.param_dtype == "bfloat16" else "F32"]
+            arrays |= {name: (ours[name], dtype) for name in self._forms}
+        return arrays
 
     def stored(self) -> Iterator[tuple[Key, np.ndarray]]:
         for name, (shape, _) in sorted(self.arrays.items()):
@@ -259,7 +285,15 @@ class Ours(Pretrained):
         return STORED.get(self.narrow.get(foreign), self.arrays[array][1])
 
     def kinds(self) -> list[str]:
-        return [dtype.name for _, dtype in self.arrays.values()]
+        return [
+            self._forms[name].kind if name in self._forms else dtype.name
+            for name, (_, dtype) in self.arrays.items()
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Of all values, as they are stored."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self._stored.values())
 
 
 class Published(Pretrained):

@@ -1,0 +1,82 @@
+"""Quantized: how a checkpoint of ours holds a weight in 8 or 4 bits, and what values that means.
+
+The array `NAME` lies there as `NAME.values`, its levels, and `NAME.scales`, float32. A weight's
+contracted dims are one dim here, cut into groups with a scale each; a last group may be short.
+
+Shapes: O everything before the contracted dims, I these, G groups of I, P bytes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+KINDS = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8), "fp8": FP8}  # as they lie on disk
+PARTS = ("values", "scales")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of one weight are stored."""
+
+    kind: str  # of KINDS; "int4" lies two in a byte, the first in its low half
+    group: int  # values of I that share a scale; 0: all of them
+    inputs: int  # how many of the weight's last dims are contracted
+
+    def __post_init__(self):
+        if self.kind not in KINDS or self.group < 0 or self.inputs < 1:
+            raise ValueError(f"{self} is no form of a quantized array")
+
+    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """O, I and G of a weight of this shape, or of one layer of a stack."""
+        outer, inner = shape[: len(shape) - self.inputs], shape[len(shape) - self.inputs :]
+        width = math.prod(inner)
+        return math.prod(outer), width, math.ceil(width / (self.group or width))
+
+    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of each of PARTS, for a weight of this shape."""
+        outer, (_, width, groups) = shape[: len(shape) - self.inputs], self.sizes(shape)
+        values = (*outer, -(-width // 2)) if self.kind == "int4" else shape
+        return {
+            "values": (values, KINDS[self.kind]),
+            "scales": ((*outer, groups), np.dtype(np.float32)),
+        }
+
+    def write(self, levels_OI: np.ndarray, scales_OG: np.ndarray, shape: tuple[int, ...]) -> dict:
+        """PARTS of a weight of this shape, as they are stored."""
+        values = packed(levels_OI) if self.kind == "int4" else levels_OI
+        parts = {"values": values, "scales": scales_OG}
+        return {
+            name: parts[name].astype(dtype, copy=False).reshape(own)
+            for name, (own, dtype) in self.shapes(shape).items()
+        }
+
+    def read(self, values: np.ndarray, scales: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The weight of this shape, float32."""
+        rows, width, groups = self.sizes(shape)
+        flat = values.reshape(rows, -1)
+        levels_OI = unpacked(flat, width) if self.kind == "int4" else flat
+        scales_OI = spread(scales.reshape(rows, groups), self.group, width)
+        return (levels_OI.astype(np.float32) * scales_OI).reshape(shape)
+
+
+def spread(scales_OG: np.ndarray, group: int, width: int) -> np.ndarray:
+    """Each group's scale for each of its values: [O, I], or [O, 1] of a lone group."""
+    if scales_OG.shape[1] == 1:
+        return scales_OG
+    return np.repeat(scales_OG, group, axis=1)[:, :width]
+
+
+def packed(levels_OI: np.ndarray) -> np.ndarray:
+    """Levels -8 to 7 as [O, P] uint8; behind an odd I stands a zero."""
+    nibbles = levels_OI.astype(np.int8).view(np.uint8) & 15
+    nibbles = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)))
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def unpacked(bytes_OP: np.ndarray, width: int) -> np.ndarray:
+    """[O, I] int8 of `packed`."""
+    both = np.stack([bytes_OP << 4, bytes_OP & 240], axis=-1).view(np.int8) >> 4
+    return both.reshape(len(bytes_OP), -1)[:, :width]

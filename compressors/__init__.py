@@ -1,0 +1,1 @@
+"""Compressors: trained models in fewer bytes."""

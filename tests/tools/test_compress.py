@@ -1,0 +1,107 @@
+"""`python -m tools.compress quantize`: its receipt, and exit code 2 for what a user mends."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoint.pretrained import open_pretrained
+from compressors import texts
+from tests.checkpoint import folders
+from tests.commands import status
+from tools import compress as tool
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "the quick brown fox jumps over the lazy dog and walks away\n\n" * 20
+
+
+@pytest.fixture
+def model(tmp_path):
+    folders.write(tmp_path / "hf")
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT[7:])
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_receipt_is_printed_and_saved(model, capsys):
+    args = (f"--calibration={model / 'a.txt'}", f"--held_out={model / 'b.txt'}", "--tokens=256")
+    assert (
+        status(tool, f"--checkpoint={model / 'hf'}", "--scheme=w8", f"--out={model / 'w8'}", *args)
+        == 0
+    )
+    out = capsys.readouterr().out
+    receipt = json.loads((model / "w8" / "receipt.json").read_text())
+    assert receipt["scheme"] == "w8" and receipt["method"] == "absmax"
+    before, after = receipt["perplexity"].values()
+    assert math.isclose(before, after, rel_tol=0.1) and before != after
+    assert f"perplexity  {before:.4f} -> {after:.4f}" in out
+    size = receipt["bytes"]
+    assert size["after"] == open_pretrained(str(model / "w8")).bytes < 0.4 * size["before"]
+    assert f"bytes       {size['before']:,} -> {size['after']:,}" in out
+    assert all(rate > 0 for rate in receipt["decode_tokens_per_s"].values())
+    assert len(receipt["layers"]) == 3 and len(out.splitlines()) < 16
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "--checkpoint is needed"),
+        (("--checkpoint={hf}",), "--scheme is needed: How weights are stored: w8a8, w8, w4g64, fp"),
+        (("--checkpoint={hf}", "--scheme=w3"), "--scheme=w3 is none of w8a8, w8, w4g64, fp8"),
+        (("--checkpoint={hf}", "--scheme=w8", "--method=magic"), "--method=magic is none of absm"),
+        (("--checkpoint={hf}", "--scheme=w8", "--tokens=1"), "--tokens=1 must be at least 2"),
+        (
+            ("--checkpoint={new}", "--scheme=w8"),
+            "no such folder or file, and nothing is downloaded",
+        ),
+        (("--checkpoint={hf}", "--scheme=w8", "--calibration={new}"), "no such file or directory"),
+        (("--checkpoint={hf}", "--scheme=w8", "--calibration={short}"), "is too short: 1 tokens"),
+        (("--checkpoint={hf}", "--scheme=w8", "--calibration={bytes}"), "is no UTF-8 text"),
+        (
+            ("--checkpoint={hf}", "--scheme=w8", "--calibration={a}", "--held_out={a}"),
+            "are the same text: nothing is held out",
+        ),
+        (("--checkpoint={hf}", "--scheme=w8", "--out={hf}", "--calibration={a}"), "is not empty"),
+        (("--checkpoint={mute}", "--scheme=w8"), "has no tokenizer"),
+    ],
+)
+def test_what_a_user_mends_is_one_line_and_exit_code_2(args, message, model, capsys):
+    folders.write(model / "mute", words=False)
+    (model / "short").write_text("the")
+    (model / "bytes").write_bytes(b"\xff\xfe\xfa")
+    names = ("hf", "new", "mute", "short", "bytes")
+    places = {name: model / name for name in names} | {"a": model / "a.txt"}
+    assert status(tool, *(arg.format(**places) for arg in args)) == 2
+    told = capsys.readouterr().err
+    assert message in told and len(told.splitlines()) == 1
+    assert not list(model.glob(".*")) and not list(model.glob("*-w*"))
+
+
+def test_quantize_is_said_first():
+    line = [sys.executable, "-m", "tools.compress", "--scheme=w8"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "tools.compress: error: write quantize first\n")
+
+
+def test_the_built_in_texts_have_nothing_in_common():
+    first, second = (texts.paragraphs(texts.reference(held)) for held in (False, True))
+    assert not set(first) & set(second)
+    for half in (first, second):
+        assert sum(map(len, half)) > 100_000 and len(set(half)) == len(half)
+
+
+def test_rows_come_from_all_over_the_text():
+    class Letters:
+        def prompt(self, text):
+            return list(text.encode())
+
+    text = "".join(chr(97 + i // 40) for i in range(400))
+    found = texts.rows(Letters(), text, 10, 50, causal=True)
+    assert [len(row) for row in found] == [10] * 5
+    assert [chr(row[0]) for row in found] == ["a", "b", "d", "f", "h"]
+    parts = texts.rows(Letters(), "a b c d e f\n\nlone\n\ng h i j k l m n", 12, 99, causal=False)
+    assert [bytes(row).decode() for row in parts] == ["a b c d e f"]
