@@ -27,6 +27,12 @@ class Datasheet:
     int8: float = 0.0  # FLOP/s; 0: not faster than bf16
     fp8: float = 0.0
 
+    def peak(self, dtype: str) -> float:
+        """FLOP/s of matmuls with operands of this dtype or preset of precision; of all but 8-bit
+        ones, and where those are not faster, bf16's."""
+        eight = {"int8": self.int8, "fp8": self.fp8, "float8": self.fp8}
+        return eight.get(dtype.partition("_")[0], 0.0) or self.bf16
+
 
 # Sources: NVIDIA H100, H200, A100, L4 and L40S datasheets, H100 and Ada architecture whitepapers,
 # HGX B200 datasheet; tensor-core rates printed "with sparsity" are halved.

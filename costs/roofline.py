@@ -2,6 +2,7 @@
 
 - A kernel takes as long as its matmuls at the matmul rate, or as its bytes at the memory rate,
   whichever is longer, and at least a launch. Kernels run one after another.
+- Matmuls of 8-bit operands reach the same share of their own peak (assumed; not yet measured).
 - Fused attention runs at its own rate, which falls with the size of a head.
 - A collective of n devices moves (n - 1) / n of its bytes, an all-reduce twice that, at the rate of
   the network that joins them; where a group takes k devices of a host, over k adapters.
@@ -121,7 +122,7 @@ def seconds(
         rate = attention_rate(reached, head) if attends else reached.matmul
         flops = kernel.flops * (filled if kernel.name.startswith("ragged") else 1)
         rate *= reached.float32 if kernel.dtype == "float32" else 1.0
-        math_time = flops / (sheet.bf16 * rate)
+        math_time = flops / (sheet.peak(kernel.dtype) * rate)
         time.flops += times * flops
         took = times * max(memory, math_time, reached.launch if moved > 2**12 else 0.0)
         if attends:

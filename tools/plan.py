@@ -162,9 +162,11 @@ def times(plan: Plan) -> str:
 
 
 def precisions(plan: Plan) -> str:
+    model, optim = plan.run.model, plan.run.optim
     found = precision.choices(
-        plan.target.sheet, plan.time, plan.step, plan.run.model.dtype, plan.parts
-    )
+        plan.target.sheet, plan.time, plan.step, model.dtype, plan.parts,
+        model.precision.name, optim.moments,
+    )  # fmt: skip
     rows = [[c.name, c.gain, c.price, "yes" if c.use else "no"] for c in found]
     return parity.table(["precision", "gains here", "costs in accuracy", "use"], rows)
 

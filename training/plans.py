@@ -132,9 +132,10 @@ def compile_for(plan: Plan, trace: Trace) -> Plan:
         "arguments": stats.argument_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
         # The most that is alive at once, where the compiler says it: that decides whether a step
-        # fits. The sum is what a GPU takes as well; of TPUs it counts memory twice (LOG.md).
-        # A CPU's compiler gives its arguments for it.
-        "bytes": total if plan.target.platform == "cpu" else (peaked or total),
+        # fits. The sum is what a GPU takes as well; of TPUs it counts memory twice, and of a small
+        # program the peak counts twice what is donated (LOG.md). A CPU's compiler gives its
+        # arguments for it.
+        "bytes": total if plan.target.platform == "cpu" else min(peaked or total, total),
         "sum": total,
         "collectives": totals(collectives(compiled.as_text())),
     }

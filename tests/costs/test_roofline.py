@@ -2,7 +2,8 @@
 
 import pytest
 
-from costs.devices import H100, V5P
+from costs import precision
+from costs.devices import H100, V4, V5P
 from costs.roofline import GPU, Time, attention_rate, bandwidth
 
 ONE = dict.fromkeys(("dcn", "data", "stage", "fsdp", "expert", "context", "tensor"), 1)
@@ -31,6 +32,28 @@ def test_attention_reaches_what_was_measured_at_two_sizes_of_head():
     assert attention_rate(GPU, 128) * 989.4 == pytest.approx(455, rel=0.02)
     assert attention_rate(GPU, 64) * 989.4 == pytest.approx(375, rel=0.02)
     assert attention_rate(GPU, 256) == GPU.attention and attention_rate(GPU, 32) < GPU.attention_64
+
+
+def test_eight_bits_have_the_datasheets_rate_where_it_gives_one():
+    assert H100.peak("int8") == H100.peak("float8_e4m3fn") == 1979e12
+    assert H100.peak("float32") == H100.bf16 and V4.peak("int8") == V4.bf16
+
+
+@pytest.mark.parametrize(
+    ("sheet", "rounded", "gain", "use"),
+    [
+        (H100, "", "at most 25% of the step", "bfloat16"),
+        (H100, "int8", "in the times above", "bfloat16 int8"),
+        (V4, "", "no faster here", "bfloat16"),
+    ],
+)
+def test_a_precision_gains_what_its_rate_takes_off_the_matmuls(sheet, rounded, gain, use):
+    time = Time(matmul=0.5, memory=0.5)
+    found = precision.choices(sheet, time, 1.0, "bfloat16", {}, rounded)
+    gains = {choice.name: choice.gain for choice in found}
+    assert gains["--config.precision=int8"] == gain
+    used = [choice.name for choice in found if choice.use]
+    assert all(word in name for word, name in zip(use.split(), used, strict=True))
 
 
 def test_what_hides_takes_no_time_as_long_as_there_is_work_to_hide_behind():
