@@ -53,15 +53,14 @@ def choices(
     weights, kept, gradients = (
         state.get(name, 0) for name in ("parameters", "optimizer", "gradients")
     )
-    half = f"{(weights + kept + gradients) / 2 / GIB:.1f} GiB of a device: two bytes for four"
+    half = f"{(weights + gradients) / 2 / GIB:.1f} GiB of a device: two bytes for four"
     byte = f"about {0.74 * kept / GIB:.1f} GiB of a device: a byte and scales for four"
     byte = "in the bytes above" if moments == "int8" else byte
     one = f"about {kept / 2 / GIB:.1f} GiB of a device: one moment in place of Adam's two"
-    rounding = "0.1 % of a short run's loss (LOG.md); updates round by chance"
-    short = "nothing seen in a short run's loss (LOG.md)"
+    short = "within 0.2 % of a short run's loss (LOG.md); rounds by chance"
     return [
         *found,
-        Choice("--config.model.param_dtype=bfloat16", half, rounding, False),
+        Choice("--config.model.param_dtype=bfloat16", half, short, False),
         Choice("--config.optim.moments=int8", byte, short, moments == "int8"),
         Choice("--config.optim.name=adafactor or lion", one, NOT_MEASURED, False),
     ]
