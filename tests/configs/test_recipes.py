@@ -13,11 +13,13 @@ from sharding import mesh as meshes
 from tests.meshes import hybrid
 
 LLAMA_3_8B = 8_030_261_248
-PUBLISHED = {"1B": 1_498_482_688, "8B": LLAMA_3_8B, "8B-80GB": LLAMA_3_8B}  # 1B: with its own head
+LLAMA_1B = 1_498_482_688  # with a head of its own
+PUBLISHED = {"1B": LLAMA_1B, "8B": LLAMA_3_8B, "1B-80GB": LLAMA_1B, "8B-80GB": LLAMA_3_8B}
 
 
 @pytest.mark.parametrize(
-    ("size", "devices"), [("124M", 8), ("350M", 8), ("1B", 8), ("8B", 8), ("8B-80GB", 1)]
+    ("size", "devices"),
+    [("124M", 8), ("350M", 8), ("1B", 8), ("8B", 8), ("1B-80GB", 1), ("8B-80GB", 1)],
 )
 def test_the_step_of_every_llama_recipe_traces_and_lowers(size, devices):
     run = load(f"configs/llama.py:{size}")
@@ -41,5 +43,5 @@ def test_the_quickstart_can_be_split_by_four_along_every_axis():
 
 
 def test_an_unknown_llama_size_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'13B' is none of 124M, 350M, 1B, 8B, 8B-80GB"):
+    with pytest.raises(ValueError, match=r"'13B' is none of 124M, 350M, 1B, 8B, 1B-80GB, 8B-80GB"):
         load("configs/llama.py:13B")
