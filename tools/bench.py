@@ -34,7 +34,7 @@ from costs.memory import human, program_bytes
 from sharding import mesh as meshes
 from sharding import offload, runtime
 from tools import fusion as fusions
-from tools import ladder
+from tools import ladder, matmuls
 from tools.plan import sized
 
 FLAGS = flags.FlagValues()
@@ -272,6 +272,15 @@ KINDS = {
             "ladder --config.model.layers=4 --config.model.vocab=8192 --config.data.seq=256 "
             "--config.data.batch=4 --config.model.dtype=float32 --plot=ladder.png",
             "ladder --config=configs/llama.py:1B --config.data.seq=2048 --batch=1",
+        ),
+    ),
+    "matmul": (
+        matmuls.main,
+        matmuls.FLAGS,
+        "configs/llama.py:1B-80GB",
+        (
+            "matmul --config=configs/llama.py:8B-80GB",
+            "matmul --config=configs/quickstart.py --tokens=1024",
         ),
     ),
 }

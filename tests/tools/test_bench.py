@@ -9,7 +9,7 @@ from configs.run import Run
 from data.config import DataConfig
 from model.config import ModelConfig
 from tests.commands import status
-from tools import bench
+from tools import bench, matmuls
 
 TINY = (
     "--config.model.layers=1", "--config.model.embed=16", "--config.model.heads=2",
@@ -69,3 +69,26 @@ def test_random_rows_hold_so_many_documents_and_no_padding(documents):
             own = positions[segments == one]
             np.testing.assert_array_equal(own, np.arange(len(own)))
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+
+
+@pytest.mark.slow
+def test_matmuls_are_timed_in_every_format_and_pass(tmp_path, capsys):
+    path = tmp_path / "m.json"
+    size = ("--config.model.vocab=64", "--config.model.embed=32", "--config.model.mlp=64")
+    heads = ("--config.model.heads=2", "--config.model.kv_heads=2")
+    args = ("--tokens=24", f"--output={path}", *size, *heads)
+    assert status(matmuls, *args, recipe="configs/quickstart.py") == 0
+    found = json.loads(path.read_text())
+    assert len(found["many"]) == 5 * 3 * 3
+    for row in found["many"]:
+        assert row["tflops"] > 0
+        least, most = {"bf16": (0, 1e-5), "int8": (1e-3, 0.02), "fp8": (1e-3, 0.09)}[row["format"]]
+        assert least <= row["error"] <= most, row
+    errors = {(row["tokens"], row["format"]): row["error"] for row in found["few"]}
+    for tokens in (1, 16):
+        assert errors[tokens, "bf16"] < 1e-5 < errors[tokens, "w8"] < errors[tokens, "w4g64"] < 0.2
+
+
+def test_a_wrong_number_of_tokens_is_refused(capsys):
+    assert status(matmuls, *TINY, "--tokens=-1", recipe="configs/quickstart.py") == 2
+    assert "--tokens=-1 must be at least 0" in capsys.readouterr().err
