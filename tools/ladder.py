@@ -66,6 +66,7 @@ def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
         "model.unroll": model.layers,
         "model.arch.head.chunk": rows * run.data.seq,
         "model.arch.head.logits": "float32",
+        "precision": "bf16",
     }
     how = {"eager": True, "donate": False, "packed": False, "documents": documents}
     yield Rung("operation by operation, float32", dict(fields), dict(how))
@@ -82,6 +83,7 @@ def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
         ("packed rows", {}, {"packed": True}),
         (f"{model.unroll} layers a round", {"model.unroll": model.unroll}, {}),
         (f"{run.data.batch} rows", {"data.batch": run.data.batch}, {}),
+        ("matmuls in int8", {} if cpu else {"precision": "int8"}, {}),
     ]
     for name, more, flags_more in steps:
         if any(fields.get(key) != value for key, value in more.items()) or any(

@@ -22,7 +22,7 @@ def run():
     return load("configs/llama.py:124M", TINY)
 
 
-def test_each_rung_adds_one_thing_and_the_last_is_the_recipe(run):
+def test_each_rung_adds_one_thing_up_to_the_recipe_and_then_8_bits(run):
     climbed = list(ladder.rungs(run, 2, 3, cpu=False))
     assert [rung.name for rung in climbed] == [
         "operation by operation, float32",
@@ -35,12 +35,18 @@ def test_each_rung_adds_one_thing_and_the_last_is_the_recipe(run):
         "state taken over",
         "packed rows",
         "4 rows",
+        "matmuls in int8",
     ]
     for before, rung in itertools.pairwise(climbed):
         both = (before.fields | before.flags).items() ^ (rung.fields | rung.flags).items()
         assert len({name for name, _ in both}) == 1
-    last = load("configs/llama.py:124M", TINY | {k: str(v) for k, v in climbed[-1].fields.items()})
-    assert last == run
+
+    def of(rung):
+        fields = {name: str(value) for name, value in rung.fields.items()}
+        return load("configs/llama.py:124M", TINY | fields)
+
+    assert of(climbed[-2]) == run
+    assert of(climbed[-1]).model.precision.mlp.wgrad == "int8"
     assert climbed[-1].flags == {"eager": False, "donate": True, "packed": True, "documents": 3}
 
 
