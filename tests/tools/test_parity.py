@@ -140,7 +140,7 @@ def test_a_mesh_that_breaks_fails_and_the_others_are_told(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_meshes_are_shared_out_over_processes(capsys):
-    meshes = ("--devices=2", "--meshes=data=2;fsdp=2", "--steps=1")
+    meshes = ("--config.model.layers=1", "--devices=2", "--meshes=data=2;fsdp=2", "--steps=1")
     tables = []
     for jobs in ("--jobs=2", "--jobs=0"):
         assert run(*meshes, jobs) == 0
@@ -316,6 +316,13 @@ def test_every_pair_of_axes_gives_a_mixture_the_values_of_one_device(capsys):
     meshes = ";".join(",".join(f"{axis}=2" for axis in line) for line in built)
     assert run("--family=qwen3_moe", f"--meshes={meshes}", "--steps=3") == 0
     assert f"{len(built)} of {len(built)} meshes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_gradients_apart_over_data_give_a_mixture_the_values_of_one_device():
+    apart = ("--config.layout.optimizer=data", "--config.optim.accumulate=2")
+    meshes = "--meshes=data=2,fsdp=2,tensor=2;data=4,expert=2"
+    assert run("--family=qwen3_moe", *apart, meshes, "--steps=3") == 0
 
 
 @pytest.mark.slow
