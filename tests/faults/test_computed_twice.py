@@ -14,7 +14,7 @@ from configs.run import GuardConfig, Run
 from sharding import mesh as meshes
 from sharding.digest import differing, digests, odd_copies, probe
 from sharding.mesh import MeshConfig
-from tests.faults.often import SEED, sometimes, times
+from tests.faults.often import SEED, nightly, sometimes, times
 from training import twice
 from training.twice import Kept
 
@@ -207,6 +207,15 @@ def test_right_hardware_raises_no_alarm(start, tmp_path):
     )  # fmt: skip
     code, out, err = process.end(240)
     assert code == 0 and unalarmed(out, steps), err
+
+
+@pytest.mark.slow
+@nightly
+def test_two_processes_compare_the_devices_of_both(several):
+    first, second = several(2, *QUICK, "--config.guard.twice=4", "--config.mesh.data=2")
+    for process, told in ((first, True), (second, False)):
+        code, out, err = process.end(240)
+        assert code == 0 and ("twice      step 4: the same bits on 2 devices" in out) == told, err
 
 
 @pytest.mark.slow
