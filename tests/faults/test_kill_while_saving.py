@@ -42,18 +42,20 @@ def state(step: int) -> dict[str, np.ndarray]:
     return {f"params.{i}": draw.standard_normal((250, 1000), np.float32) for i in range(9)}
 
 
-def killed(folder, notes, delay: float) -> list[str]:
-    """Start a writer, kill it `delay` seconds into its second save; its lines."""
+def killed(folder, notes, share: float) -> list[str]:
+    """Start a writer, kill it in its second save, after this share of what the first one took; its
+    lines."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, env=environment,
         stderr=notes, text=True, cwd=ROOT,
     ) as process:  # fmt: skip
-        lines = []
+        lines, times = [], []
         for line in process.stdout:
             lines.append(line.strip())
+            times.append(time.monotonic())
             if sum(line.startswith("save ") for line in lines) == 2:
-                time.sleep(delay)
+                time.sleep(share * (times[-1] - times[-3]))
                 process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     return lines
@@ -70,7 +72,7 @@ def test_what_was_committed_survives_every_kill(tmp_path, kills):
     folder.mkdir()
     with open(tmp_path / "errors", "w") as notes:
         for _ in range(kills):
-            lines = killed(folder, notes, draw.uniform(0, 0.15))
+            lines = killed(folder, notes, draw.uniform(0, 1))
             done = [int(line.split()[1]) for line in lines if line.startswith("saved ")]
             newest = Saved.open(folder)
             assert newest.step >= done[-1], (tmp_path / "errors").read_text()
