@@ -9,7 +9,7 @@ from configs import fields
 from data.config import DataConfig
 from model.config import ModelConfig, at_least
 from optim.config import OptimConfig
-from sharding.layout import BUILT, Layout
+from sharding.layout import ACTIVATIONS, BUILT, Layout
 from sharding.mesh import MeshConfig
 from sharding.schedule import PipelineConfig
 
@@ -171,6 +171,12 @@ def _check_host(run: Run, sizes: dict[str, int]) -> None:
         raise ValueError(
             f"layout: host={host} is not built with mesh.stage={sizes['stage']}: stages keep all "
             f"on their devices; fsdp={sizes['stage']} splits layers' weights without stages"
+        )
+    if any(name in ACTIVATIONS for name in run.layout.host) and run.model.unroll > 1:
+        # Those of several layers would be put together in the host's memory, by the host.
+        raise ValueError(
+            f"layout: host={host} moves activations one layer at a time, and model.unroll="
+            f"{run.model.unroll} does several at once: --config.model.unroll=1"
         )
     if "optimizer" not in run.layout.host:
         return

@@ -151,6 +151,8 @@ def update(
         good,
     )
     own = rebuild([of(tree, rest) for tree in moments])
+    # They come when the layers are done: XLA would issue their copies as early as it can.
+    updates, own = lax.optimization_barrier((updates, own))
     before = fetch(own)
     others, after = make(of(roles, rest)).update(of(grads, rest), before, of(params, rest))
     state = put(chosen(good, after, before), own)

@@ -178,7 +178,7 @@ def test_a_name_that_is_none_is_refused():
         Layout(host=("params",))
 
 
-def test_other_updates_and_split_layers_and_stages_are_refused():
+def test_what_does_not_go_with_host_memory_is_refused():
     layout = Layout(host=("optimizer",), optimizer="data")
     with pytest.raises(ValueError, match="optimizer=data splits its layers"):
         check_split(run_of((2, 1, 1), layout), 2)
@@ -190,6 +190,10 @@ def test_other_updates_and_split_layers_and_stages_are_refused():
     with pytest.raises(ValueError, match=r"host=optimizer .* optim\.moments=int8 are updated in"):
         check_split(small, 1)
     run = run_of(ONE, Layout(host=("input",)))
+    check_split(run, 1)
+    unrolled = dataclasses.replace(run, model=dataclasses.replace(MODEL, unroll=2))
+    with pytest.raises(ValueError, match=r"host=input .* model\.unroll=2 does several at once"):
+        check_split(unrolled, 1)
     run = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, stage=2))
     with pytest.raises(ValueError, match=r"host=input is not built with mesh\.stage=2"):
         check_split(run, 2)
