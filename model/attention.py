@@ -19,7 +19,7 @@ from model.cache import KeysValues
 from model.config import ModelConfig
 from model.layers import Linear, RMSNorm
 from model.rope import Rotation, rotate
-from sharding.context import Block, ring_attention
+from sharding.context import ring_attention
 from sharding.layout import Layout
 
 
@@ -80,15 +80,8 @@ class SelfAttention(nnx.Module):
         settings = {**logits, "window": window}
         whole = {"causal": attention.causal, "kernels": cfg.kernels}
         self.attend = functools.partial(kernels.engine.attention, **whole, **settings)
-        self.attend_ring = functools.partial(
-            ring_attention,
-            block=Block(
-                functools.partial(kernels.blocks.forward, **logits),
-                functools.partial(kernels.blocks.backward, **logits),
-            ),
-            window=window,
-            causal=attention.causal,
-        )
+        self.block = functools.partial(kernels.engine.block, **whole, **logits)
+        self.attend_ring = functools.partial(ring_attention, window=window, causal=attention.causal)
         self.attend_fresh = functools.partial(kernels.attention.blocked, **settings)
         self.attend_cached = functools.partial(kernels.attention.cached, **settings)
 
@@ -114,7 +107,8 @@ class SelfAttention(nnx.Module):
         if tokens:
             assert cache is None and "cache" not in context.keep, "decoding needs whole rows"
             # Devices talk: tokens are split, so keys and values go round.
-            o_BTKGH = self.attend_ring(q_BTKGH, k_BTKH, v_BTKH, context.segments)
+            block = self.block(documents=context.documents)
+            o_BTKGH = self.attend_ring(q_BTKGH, k_BTKH, v_BTKH, context.segments, block=block)
         elif cache is not None:
             o_BTKGH = over(self.attend_cached)(q_BTKGH, k_BTKH, v_BTKH, *cache, context.held)
         else:

@@ -17,17 +17,17 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jax import lax
 
 from configs import command
-from model.kernels import blocks
+from model.kernels import engine
 from sharding import mesh as meshes
-from sharding.context import Block, Ring, ring_attention
+from sharding.context import Block, Ring, lay, ring_attention
 from sharding.mesh import MeshConfig
 from tools.parity import table
 
-BLOCKS = {"plain": blocks}  # modules with `forward` and `backward`
 FLAGS = flags.FlagValues()
 for name, value, what in (
     ("context", 4, "Devices that share a row"),
@@ -37,11 +37,11 @@ for name, value, what in (
     ("kv_heads", 8, "Key and value heads"),
     ("head_dim", 128, "Size of a head"),
     ("window", 0, "Tokens that a token sees; 0: all before it"),
+    ("documents", 1, "Of each row, of one length"),
     ("repeats", 5, "Timed calls; the median counts"),
 ):
     flags.DEFINE_integer(name, value, what, lower_bound=int(name != "window"), flag_values=FLAGS)
 flags.DEFINE_string("dtype", "bfloat16", "Of queries, keys and values", flag_values=FLAGS)
-flags.DEFINE_enum("block", "plain", list(BLOCKS), "Engine of a block", flag_values=FLAGS)
 flags.DEFINE_string("platform", None, "cpu simulates its devices", flag_values=FLAGS)
 
 
@@ -74,10 +74,13 @@ def drawn(spec: jax.P) -> tuple[jax.Array, ...]:
             name: normal(jax.random.key(i), (*rows, *shape))
             for i, (name, shape) in enumerate(shapes.items())
         }
-        ones = jnp.ones(rows, jnp.int32, out_sharding=jax.P(*spec[:2]))
-        return found["q"], found["k"], found["v"], ones, found["do"]
+        return found["q"], found["k"], found["v"], found["do"]
 
-    return jax.jit(draw)()
+    numbers = 1 + np.arange(FLAGS.tokens) * FLAGS.documents // FLAGS.tokens
+    segments = np.broadcast_to(numbers.astype(np.int32), rows)
+    where = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(*spec[:2]))
+    q, k, v, do = jax.jit(draw)()
+    return q, k, v, jax.device_put(lay(segments, where, causal=True), where), do
 
 
 def seconds(work: Callable[..., Any], args: tuple) -> float:
@@ -129,9 +132,8 @@ def talk(q, k, v, segments, do) -> Any:
 
 def report(found: list[jax.Device]) -> str:
     """The table of these devices."""
-    ways = FLAGS.context
-    module, scale = BLOCKS[FLAGS.block], FLAGS.head_dim**-0.5
-    block = Block(*(functools.partial(f, scale=scale) for f in (module.forward, module.backward)))
+    ways, scale = FLAGS.context, FLAGS.head_dim**-0.5
+    block = engine.block(documents=FLAGS.documents, causal=True, scale=scale, softcap=0.0)
     with jax.set_mesh(meshes.make(MeshConfig(data=1), found[:1])):
         one = seconds(functools.partial(alone, block), drawn(jax.P(None, None, None, None)))
     with jax.set_mesh(meshes.make(MeshConfig(data=1, context=ways), found)):
@@ -140,8 +142,9 @@ def report(found: list[jax.Device]) -> str:
         with mock.patch.object(Ring, "pass_on", lambda ring, arrays, hop: arrays):
             work = seconds(functools.partial(together, block), args)
         said = 0 if FLAGS.window else seconds(talk, args)
-    window = min(FLAGS.window or FLAGS.tokens, FLAGS.tokens)
-    pairs = FLAGS.rows * window * (FLAGS.tokens - window / 2)
+    length = FLAGS.tokens / FLAGS.documents
+    window = min(FLAGS.window or length, length)
+    pairs = FLAGS.rows * FLAGS.documents * window * (length - window / 2)
     flops = 14 * pairs * FLAGS.heads * FLAGS.head_dim  # 2 and 5 matmuls; Dao 2023, arXiv:2307.08691
     lines = [
         ["one device", f"{one * 1e3:.2f}", f"{flops / one / 1e12:.1f}"],
@@ -154,7 +157,7 @@ def report(found: list[jax.Device]) -> str:
         told += f", {min(max((work + said - ring) / said, 0), 1):.0%} of the talk hidden"
     return (
         f"{ways} x {found[0].device_kind}: {FLAGS.rows} x {FLAGS.tokens:,} tokens, {FLAGS.heads} "
-        f"heads over {FLAGS.kv_heads} of {FLAGS.head_dim}, {FLAGS.dtype}, blocks: {FLAGS.block}\n\n"
+        f"heads over {FLAGS.kv_heads} of {FLAGS.head_dim}, {FLAGS.dtype}\n\n"
         + table(["forward and backward", "ms", "TFLOP/s a device"], lines)
         + f"\n\n{told}"
     )

@@ -86,3 +86,27 @@ def spans(segments_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     there = starts_BM < tokens
     lengths_BM = jnp.where(there[:, :-1], starts_BM[:, 1:] - starts_BM[:, :-1], -1)
     return jnp.where(there, starts_BM, -1), lengths_BM
+
+
+def gradients(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    o_BTNH: jax.Array,
+    lse_BNT: jax.Array,
+    do_BTNH: jax.Array,
+    *,
+    scale: float,
+    mask_type: Any,
+    sliding_window_length: int | None = None,
+    **spans: jax.Array,
+) -> list[jax.Array]:
+    """[dq, dk, dv] of cuDNN's attention, whose weights are exp(logits - lse)."""
+    none = jnp.zeros(0, q_BTNH.dtype)
+    where = [spans.get(name, none) for name in ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")]
+    kept = (q_BTNH, k_BTKH, v_BTKH, none, *where, none, none, lse_BNT, o_BTNH)
+    settings = (scale, 42, 0.0, (False, False), mask_type, sdpa.AttentionLayout.BTNH.value)
+    grads = sdpa._dot_product_attention_bwd_rule(
+        *settings, sliding_window_length, True, False, kept, do_BTNH
+    )
+    return list(grads[:3])

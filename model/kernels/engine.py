@@ -1,12 +1,14 @@
-"""Which engine computes the attention of whole rows: the fastest that can, here."""
+"""Which engine computes attention, of whole rows or of blocks: the fastest that can, here."""
 
 import functools
+from typing import Any
 
 import jax
 from absl import logging
 
-from model.kernels import cudnn
+from model.kernels import blocks, cudnn, cudnn_blocks
 from model.kernels.attention import plain
+from sharding.context import Block
 
 
 def attention(
@@ -34,6 +36,36 @@ def attention(
         tell("plain attention, of memory [T, T]", reason)
     how |= {"causal": causal, "softcap": softcap}
     return plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
+
+
+def block(
+    *, documents: int, causal: bool, scale: float, softcap: float, kernels: str = "fastest"
+) -> Block:
+    """For the blocks of rows of at most so many documents, 0: any; `causal` is that of whole rows.
+
+    On a GPU by cuDNN those blocks that it has a mask for, unless `kernels` is "plain"; why not the
+    others is logged once.
+    """
+
+    def engine(q_BTKGH: jax.Array, kind: dict) -> tuple[Any, dict]:
+        """A module, and what its functions want beyond the block."""
+        if platform() == "gpu" and kernels == "fastest":
+            reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=1)
+            reason = reason or cudnn_blocks.why_not(documents=documents, **kind)
+            if not reason:
+                return cudnn_blocks, {"documents": documents, "scale": scale, **kind}
+            tell("plain blocks of attention", reason)
+        return blocks, {"softcap": softcap, "scale": scale, **kind}
+
+    def forward(q_BTKGH: jax.Array, *args: jax.Array, **kind: Any) -> tuple:
+        module, how = engine(q_BTKGH, kind)
+        return module.forward(q_BTKGH, *args, **how)
+
+    def backward(q_BTKGH: jax.Array, *args: jax.Array, **kind: Any) -> tuple:
+        module, how = engine(q_BTKGH, kind)
+        return module.backward(q_BTKGH, *args, **how)
+
+    return Block(forward, backward)
 
 
 def platform() -> str:

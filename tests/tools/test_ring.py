@@ -14,7 +14,7 @@ TINY = ("--tokens=64", "--heads=2", "--kv_heads=1", "--head_dim=4", "--repeats=1
 def test_it_tells_the_rates_of_one_device_and_of_the_ring(capsys):
     assert status(ring, "--context=2", *TINY) == 0
     out = capsys.readouterr().out
-    assert "2 x cpu: 1 x 64 tokens, 2 heads over 1 of 4, bfloat16, blocks: plain" in out
+    assert "2 x cpu: 1 x 64 tokens, 2 heads over 1 of 4, bfloat16" in out
     assert re.findall(r"(?m)^\| (one device|ring of 2|its work alone|its talk alone) ", out)[3:]
     assert re.search(r"efficiency [\d.]+%, \d+% of the talk hidden", out)
 
@@ -26,7 +26,7 @@ def test_it_tells_the_rates_of_one_device_and_of_the_ring(capsys):
         (("--context=16", "--tokens=64"), "--context=16 is more than the 8 devices here"),
         (("--heads=3", "--kv_heads=2"), "--heads=3 is no multiple of --kv_heads=2"),
         (("--heads=0",), "--heads=0 must be a positive integer"),
-        (("--block=fast",), "--block=fast must be one of plain"),
+        (("--documents=0",), "--documents=0 must be a positive integer"),
         (("what",), "'what' stands without a flag"),
     ],
 )
