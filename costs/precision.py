@@ -60,7 +60,7 @@ def choices(
     byte = f"about {0.74 * kept / GIB:.1f} GiB of a device: a byte and scales for four"
     byte = "in the bytes above" if moments == "int8" else byte
     one = f"about {kept / 2 / GIB:.1f} GiB of a device: one moment in place of Adam's two"
-    short = "within 0.2 % of a short run's loss (LOG.md); rounds by chance"
+    short = "within 0.3 % of a short run's loss (LOG.md); rounds by chance"
     return [
         *found,
         Choice("--config.model.param_dtype=bfloat16", half, short, False),
