@@ -17,8 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from sharding import offload
 
-from sharding import offload
-
 WORDS = {1: jnp.uint8, 2: jnp.uint16}  # by bytes of a value; longer ones are words of 4
 
 Axes = tuple[str, ...]
