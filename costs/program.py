@@ -252,9 +252,7 @@ class _Reader:
                 rows = self.rows.setdefault(id(source), {})
                 if i not in rows:  # else a loop before this one made it, or asked for it
                     shape, axes = source.shape[1:], source.axes[1:]
-                    rows[i] = Value(
-                        shape, source.dtype, axes, made="slice", phase=phase, host=source.host
-                    )
+                    rows[i] = Value(shape, source.dtype, axes, made="slice", phase=phase)
                     yield Op("slice", [source], [rows[i]], phase=phase)
                 slices.append(rows[i])
             own.update(zip(jaxpr.invars, [*consts, *state, *slices], strict=True))

@@ -53,7 +53,6 @@ def _table(leaves: list, groups: tuple, specs: tuple, mesh: Mesh) -> jax.Array:
     def own(*parts: jax.Array) -> jax.Array:
         return jnp.stack([digest([parts[i] for i in members]) for members in groups])[None]
 
-    leaves = offload.fetch(leaves)
     rows = jax.P(mesh.axis_names)
     whole = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return whole(*offload.fetch(leaves))
