@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from model.config import ModelConfig
 from model.layers import Linear
+from model.matmul.experts import grouped
 from model.matmul.stored import numbers
 from model.mlp import GATES
 from model.remat import from_arguments
@@ -25,13 +26,6 @@ from sharding.gather import axes_of, varying, without
 from sharding.layout import Layout
 
 Stats = dict[str, jax.Array]
-
-# [M, K] times [E, N, K], where each expert has its own run of the M rows: [M, N].
-BY_EXPERT = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
 
 
 class Split(NamedTuple):
@@ -73,7 +67,8 @@ class MoeMlp(nnx.Module):
         self.gate_up = linear("BTD,ECFD->BTECF", batch="EC")
         self.down = linear("BTF,EDF->BTED", std=cfg.residual_std, batch="E")
         self.curve = GATES[cfg.arch.activation]
-        self.moe = moe
+        self.moe, self.passes = moe, cfg.precision.experts
+        self.hidden = axes_of(layout.spec("mlp")[0])
 
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, Stats]:
         """(y_BTD, statistics of the router over the tokens of all rows that are no padding).
@@ -173,16 +168,16 @@ class MoeMlp(nnx.Module):
         of_M = jnp.where(here, order, N * A)[:M]
         weight_M = weight_NA.reshape(-1).at[of_M].get(mode="fill", fill_value=0)
 
-        grouped = functools.partial(
-            lax.ragged_dot_general, group_sizes=counts_E, ragged_dot_dimension_numbers=BY_EXPERT
-        )
+        times = functools.partial(grouped, counts_E=counts_E, passes=self.passes)
         f = gate_up_ECfD.shape[2]
-        gate_up_MCf = grouped(spread(x_ND, rows), gate_up_ECfD.reshape(E, 2 * f, -1))
+        x_MD = spread(x_ND, rows)
+        gate_up_MCf = times(x_MD, gate_up_ECfD.reshape(E, 2 * f, -1), outer=self.hidden)
         gate_up_MCf = gate_up_MCf.reshape(-1, 2, f)
         gate_up_MCf = checkpoint_name(gate_up_MCf, name) if name else gate_up_MCf
         h_Mf = self.curve(gate_up_MCf[:, 0]) * gate_up_MCf[:, 1]
         # Weighted before `down`, not after: the backward pass then needs no second y_MD.
-        y_MD = grouped(h_Mf * weight_M[:, None].astype(h_Mf.dtype), down_EDf)
+        h_Mf = h_Mf * weight_M[:, None].astype(h_Mf.dtype)
+        y_MD = times(h_Mf, down_EDf, inner=self.hidden)
         return collect(y_MD, rows)
 
     def route(self, x_ND, valid_N, router_ED, rows):

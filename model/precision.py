@@ -18,6 +18,7 @@ FORMATS = {
 }
 GRADIENTS = ("bf16", "int8", "fp8")  # of dgrad and wgrad
 ROUNDINGS = ("nearest", "stochastic")
+EXPERTS = ("bf16", "int8")  # of experts
 GROUPS = (16, 1 << 16)
 
 
@@ -100,8 +101,13 @@ class Precision:
     attention: Passes = Passes()  # to queries, keys and values, and back
     mlp: Passes = Passes()
     head: Passes = Passes()  # over the vocabulary; no groups
+    experts: Passes = Passes()  # int8, without groups; routers stay as they are
 
     def __post_init__(self):
+        for name in ("forward", "dgrad", "wgrad"):
+            text = getattr(self.experts, name)
+            if text not in EXPERTS:
+                raise ValueError(f"experts: {name}={text!r} is none of {', '.join(EXPERTS)}")
         for name in ("forward", "dgrad", "wgrad"):
             text = getattr(self.head, name)
             if Format.parse(text).group:

@@ -258,7 +258,8 @@ def model_named(cfg: ModelConfig, name: str) -> ModelConfig:
         known = ", ".join(family.name for family in FAMILIES)
         raise ValueError(f"--family={name} is none of {known}, nor a published size of one")
     unroll = cfg.unroll if cfg.unroll < cfg.layers else 1
-    return dataclasses.replace(sizes[name], remat=cfg.remat, unroll=unroll)
+    how = {"remat": cfg.remat, "unroll": unroll, "precision": cfg.precision}
+    return dataclasses.replace(sizes[name], **how)
 
 
 def find_devices(platform: str, count: int) -> list[jax.Device]:

@@ -24,6 +24,7 @@ NEEDS = {
     "model.precision.attention.rounding": {"model.precision.attention.wgrad": "int8"},
     "model.precision.mlp.rounding": {"model.precision.mlp.wgrad": "int8"},
     "model.precision.head.rounding": {"model.precision.head.wgrad": "int8"},
+    "model.precision.experts.rounding": {"model.precision.experts.dgrad": "int8"},
     "pipeline.repeats": {"pipeline.schedule": "interleaved"},
 }
 TEXTS = ("other", "relu", "all", "linear", "sandwich", "masked")

@@ -40,6 +40,10 @@ def test_one_kind_of_layer_takes_a_preset_too_after_the_preset_of_all():
         ({"precision.mlp.wgrad": "bf16g64"}, "wgrad='bf16g64' is no precision, did you mean bf16?"),
         ({"precision.mlp.dgrad": "w4"}, "dgrad='w4' is no precision; there are bf16, int8, fp8"),
         ({"precision.head.dgrad": "int8g64"}, "dgrad='int8g64' has groups, which are of hidden"),
+        (
+            {"precision.experts": "fp8"},
+            "experts: forward='fp8' is none of bf16, int8",
+        ),
         ({"precision.mlp.rounding": "stochastic"}, "is of int8 gradients, not of dgrad='bf16'"),
         (
             {"precision.mlp.bwd": "int8"},
