@@ -123,26 +123,27 @@ class Walk:
         }
 
     def observe(
-        self,
-        layer: int,
-        weights: Weights,
-        exact: Sequence[jax.Array],
-        states: Sequence[jax.Array],
-        batches: Sequence[Batch],
-    ) -> tuple[list[jax.Array], dict[str, Inputs]]:
-        """What the layer makes of the `exact` model's states, and what comes into each of its
-        Linears from those states and from `states`."""
+        self, layer: int, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
+    ) -> dict[str, Inputs]:
+        """What comes into each of the layer's Linears."""
         place = self._places[layer % self._cfg.places]
-        own, after, total = on_devices(place.shapes, weights), [], None
-        for x_BTD, z_BTD, batch in zip(exact, states, batches, strict=True):
-            y_BTD, seen = place.observe(own, x_BTD, z_BTD, batch)
-            after.append(y_BTD)
+        own, total = on_devices(place.shapes, weights), None
+        for x_BTD, batch in zip(states, batches, strict=True):
+            seen = place.observe(own, x_BTD, batch)
             total = seen if total is None else merged(total, seen)
         tokens = sum(int((batch.segments > 0).sum()) for batch in batches)
-        return after, {
+        return {
             name: Inputs(tokens=tokens, **{part: np.asarray(a) for part, a in parts.items()})
             for name, parts in jax.device_get(total).items()
         }
+
+    def as_it_was(
+        self, layer: int, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
+    ) -> list[jax.Array]:
+        """What the layer makes of the states, with no input rounded."""
+        place = self._places[layer % self._cfg.places]
+        own = on_devices(place.shapes, weights)
+        return [place.run(own, *both) for both in zip(states, batches, strict=True)]
 
     def through(
         self, layer: int, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
@@ -161,22 +162,19 @@ class Place:
         graph, state = nnx.split(block)
         self.shapes = nnx.to_pure_dict(state)
 
-        def watched(weights: Any, x_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, dict]:
+        @jax.jit
+        def observe(weights: Any, x_BTD: jax.Array, batch: Batch) -> Seen:
             block, seen = nnx.merge(graph, weights), {}
+
+            def look(name: str, x: jax.Array) -> None:
+                seen[name] = sums(x, batch.segments)
+
             for name in linears(cfg.sparse(place), block):
                 part, _, own = name.partition(".")
                 linear = getattr(getattr(block, part), own)
-                setattr(getattr(block, part), own, Watched(linear, partial(seen.__setitem__, name)))
-            context = Context(batch.segments, rotations_of(cfg, batch.positions))
-            return block(x_BTD, context)[0], seen
-
-        @jax.jit
-        def observe(
-            weights: Any, x_BTD: jax.Array, z_BTD: jax.Array, batch: Batch
-        ) -> tuple[jax.Array, Seen]:
-            y_BTD, exact = watched(weights, x_BTD, batch)
-            _, came = watched(weights, z_BTD, batch)
-            return y_BTD, {name: sums(exact[name], z, batch.segments) for name, z in came.items()}
+                setattr(getattr(block, part), own, Watched(linear, partial(look, name)))
+            block(x_BTD, Context(batch.segments, rotations_of(cfg, batch.positions)))
+            return seen
 
         @jax.jit
         def run(weights: Any, x_BTD: jax.Array, batch: Batch) -> jax.Array:
@@ -194,18 +192,14 @@ def linears(sparse: bool, block: Block) -> list[str]:
     ]
 
 
-def sums(x: jax.Array, z: jax.Array, segments_BT: jax.Array) -> dict[str, jax.Array]:
-    """What Inputs holds of z [B, T, inputs], but for padding; of the exact model's inputs x too."""
+def sums(x: jax.Array, segments_BT: jax.Array) -> dict[str, jax.Array]:
+    """What Inputs holds of x [B, T, inputs], but for padding; float32."""
     real_N1 = segments_BT.reshape(-1, 1) > 0
-    x_NI, z_NI = (
-        jnp.where(real_N1, a.reshape(len(real_N1), -1).astype(jnp.float32), 0) for a in (x, z)
-    )
-    moment = partial(jnp.einsum, "ni,nj->ij", precision="highest")
+    x_NI = jnp.where(real_N1, x.reshape(len(real_N1), -1).astype(jnp.float32), 0)
     return {
-        "second_II": moment(z_NI, z_NI),
-        "cross_II": moment(x_NI, z_NI),
-        "largest_I": jnp.max(jnp.abs(z_NI), axis=0),
-        "total_I": jnp.sum(jnp.abs(z_NI), axis=0),
+        "second_II": jnp.einsum("ni,nj->ij", x_NI, x_NI, precision="highest"),
+        "largest_I": jnp.max(jnp.abs(x_NI), axis=0),
+        "total_I": jnp.sum(jnp.abs(x_NI), axis=0),
     }
 
 

@@ -58,16 +58,14 @@ class Recipe:
             return lambda weight, inputs, sharing: quantize.aware(weight, self.how, inputs, sharing)
         return None
 
-    def round(self, weight_OI: np.ndarray, inputs: Inputs | None) -> tuple[Levels, np.ndarray]:
-        """The levels, and the weight that they stand for; `inputs` None: nobody saw them, as those
-        of experts."""
+    def round(self, weight_OI: np.ndarray, inputs: Inputs | None) -> Levels:
+        """`inputs` None: nobody saw them, as those of experts."""
         if inputs is None or self.method in ("absmax", "smoothquant"):
-            return quantize.absmax(weight_OI, self.how), weight_OI
+            return quantize.absmax(weight_OI, self.how)
         if self.method == "gptq":
-            weight_OI = quantize.toward(weight_OI, inputs)
-            return quantize.gptq(weight_OI, self.how, inputs), weight_OI
+            return quantize.gptq(weight_OI, self.how, inputs)
         found = quantize.searched(weight_OI, self.how, np.diag(inputs.second_II))
-        return quantize.rounded(weight_OI, found, self.how), weight_OI
+        return quantize.rounded(weight_OI, found, self.how)
 
 
 def forms(cfg: ModelConfig, scheme: Scheme) -> dict[str, Form]:
@@ -149,7 +147,8 @@ def _layers(
     exact = states = walk.begin(batches)
     for layer, prefix, index in walk.layers():
         weights = walk.read(prefix, index)
-        exact, inputs = walk.observe(layer, weights, exact, states, batches)
+        inputs = walk.observe(layer, weights, states, batches)
+        exact = walk.as_it_was(layer, weights, exact, batches)
         before = dict(weights)
         choose, moved = recipe.choose(), []
         if choose is not None:
@@ -181,9 +180,9 @@ def _round(
             continue
         linear = name.removesuffix(".weight")
         flat_OI = weight.reshape(-1, form.sizes(weight.shape)[1])
-        levels, meant_OI = recipe.round(flat_OI, inputs.get(linear))
+        levels = recipe.round(flat_OI, inputs.get(linear))
         if linear in inputs:
-            errors[linear] = quantize.relative(levels, meant_OI, inputs[linear])
+            errors[linear] = quantize.relative(levels, flat_OI, inputs[linear])
         staged.put(f"{prefix}{name}", index, levels, weight.shape)
         weights[name] = levels.weight().reshape(weight.shape)
     return errors

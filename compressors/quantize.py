@@ -54,15 +54,12 @@ class Inputs:
     second_II: np.ndarray  # sum of x x'
     largest_I: np.ndarray  # max |x|
     total_I: np.ndarray  # sum of |x|
-    cross_II: np.ndarray  # sum of y x', with y what would have come without any rounding before
     tokens: int
 
     def divided(self, by_I: np.ndarray) -> "Inputs":
         """Of the same inputs, each divided by its own number."""
-        moments = (a_II / by_I[:, None] / by_I for a_II in (self.second_II, self.cross_II))
-        second_II, cross_II = moments
-        sizes = self.largest_I / by_I, self.total_I / by_I
-        return Inputs(second_II, *sizes, cross_II, self.tokens)
+        second_II = self.second_II / by_I[:, None] / by_I
+        return Inputs(second_II, self.largest_I / by_I, self.total_I / by_I, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -162,17 +159,6 @@ def damped(second_II: np.ndarray) -> np.ndarray:
     H = second_II.astype(np.float64)
     H[np.diag_indices_from(H)] += DAMP * (float(np.mean(np.diag(H))) or 1.0)
     return H
-
-
-def toward(weight_OI: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """The weight that comes nearest to the exact model's outputs from the inputs that came.
-
-    Of inputs x, where y would have come without any rounding before: W E[y x'] E[x x']^-1.
-    Li et al. 2025 (GPTAQ), arXiv:2504.02692.
-    """
-    drift_II = (inputs.cross_II - inputs.second_II).astype(np.float64)
-    change_II = np.linalg.solve(damped(inputs.second_II), drift_II.T).T
-    return weight_OI + weight_OI @ change_II.astype(np.float32)
 
 
 def in_order(

@@ -1,7 +1,5 @@
 """One Linear in fewer bits: against the formulas in float64, on ordinary and on hostile weights."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -15,7 +13,7 @@ WHOLE = (1, 1, 24)
 def inputs_of(x_NI):
     size_NI = np.abs(x_NI)
     H = x_NI.T @ x_NI
-    return Inputs(H, size_NI.max(axis=0), size_NI.sum(axis=0), H, len(x_NI))
+    return Inputs(H, size_NI.max(axis=0), size_NI.sum(axis=0), len(x_NI))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +131,7 @@ def test_scales_and_levels_once_more_leave_less_error(scheme, linear):
 
     def felt(values, scales):
         return quantize.loss(
-            quantize.kept(values, scales, scheme).weight() - weight, Inputs(H, x[0], x[0], H, 1)
+            quantize.kept(values, scales, scheme).weight() - weight, Inputs(H, x[0], x[0], 1)
         )
 
     scales = quantize.largest(weight, scheme)
@@ -146,20 +144,6 @@ def test_scales_and_levels_once_more_leave_less_error(scheme, linear):
         other = fitted.copy()
         other[:, 0] *= factor
         assert felt(values, other) > felt(values, fitted), part
-
-
-def test_the_target_comes_nearest_to_what_exact_inputs_gave(linear):
-    weight, x = linear
-    draw = np.random.default_rng(1)
-    z = 0.8 * x + draw.standard_normal(x.shape)
-    came = dataclasses.replace(inputs_of(z), cross_II=x.T @ z)
-    target = quantize.toward(weight, came)
-    H = quantize.damped(came.second_II)
-    wanted = weight @ (came.cross_II + H - came.second_II) @ np.linalg.inv(H)
-    np.testing.assert_allclose(target, wanted, rtol=1e-3, atol=1e-4)
-    exact = x @ weight.T
-    assert np.sum((z @ target.T - exact) ** 2) < 0.7 * np.sum((z @ weight.T - exact) ** 2)
-    np.testing.assert_allclose(quantize.toward(weight, inputs_of(z)), weight, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dead", [False, True])
