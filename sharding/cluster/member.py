@@ -76,7 +76,7 @@ class Member:
         self._place = (0, 0)
         self._turn = threading.Condition()
         self._done = 0  # steps
-        self._told = self._failing = False
+        self._told = self._failing = self._cut = False
         self._promised: int | None = None
         self._halt: tuple[int, int] | None = None  # step, number of the signal
         self._over = threading.Event()
@@ -116,13 +116,19 @@ class Member:
         """
         self._failing = True
         self._line.send("failing", code=code, why=why[:1000])
-        self._over.wait(2 * GRACE_S + tick(self._heartbeat))
+        self._wait(2 * GRACE_S + tick(self._heartbeat))
 
     def end(self) -> bool:
         """This process is done; waits for the others, and says whether they are done as well."""
         self._line.send("ended")
-        self._over.wait()
+        self._wait(None)
         return self._well
+
+    def _wait(self, seconds: float | None) -> None:
+        """Until the run is over; for ever if `lost` is called, which ends the process."""
+        self._over.wait(seconds)
+        if self._cut:
+            threading.Event().wait()
 
     def leave(self) -> None:
         """Close the line, at the end; process 0 stays until the others have read its last word."""
@@ -138,6 +144,7 @@ class Member:
         except Exception as error:  # else the run would wait for a word that never comes
             why = f"this process hears no others any more: {error!r}"
         if why and not self._over.is_set():
+            self._cut = True
             self.leave()
             self._lost(why)
 

@@ -228,11 +228,14 @@ def test_an_error_that_all_have_is_nobodys_and_waits_for_nobody(group, monkeypat
 
 def test_the_error_that_a_lost_process_causes_is_not_taken_for_the_cause(group):
     made = group(3)
-    threading.Thread(target=made.members[0].fail, args=(1, "Gloo failed"), daemon=True).start()
+    failing = threading.Thread(target=made.members[0].fail, args=(1, "Gloo failed"), daemon=True)
+    failing.start()
     time.sleep(0.1)
     made.members[1]._line._socket.shutdown(socket.SHUT_RDWR)
     for told in made.hear(0, 2):
         assert "process 1 (pid " in told and "is gone" in told
+    failing.join(0.3)  # it would end the process with a code of its own, before the loss is told
+    assert failing.is_alive()
 
 
 def test_all_wait_for_the_last_one_at_the_end(group):
