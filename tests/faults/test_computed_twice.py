@@ -140,6 +140,7 @@ def harmed(state, where: str, *devices: int):
     return dataclasses.replace(state, **{where: part})
 
 
+@pytest.mark.slow
 def test_a_bit_that_flips_in_one_computation_ends_the_run_with_code_6_and_its_device(
     command_line, monkeypatch
 ):

@@ -133,6 +133,7 @@ def test_a_disk_that_fills_up_while_a_save_is_written_is_told_and_costs_no_other
     assert [path.name for path in folder.iterdir()] == ["4"] and Saved.open(folder).verify()
 
 
+@pytest.mark.slow
 def test_an_error_beside_the_run_is_told_before_the_next_save(command_line, monkeypatch):
     write = manifest.write
 

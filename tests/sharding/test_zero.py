@@ -127,6 +127,7 @@ def matrices(program):
     ]
 
 
+@pytest.mark.slow
 def test_gradients_are_reduce_scattered_over_data_once():
     sizes = (4, 2, 1)
     with jax.set_mesh(mesh_of(sizes)):

@@ -89,6 +89,7 @@ def test_checkpoints_are_those_that_were_asked_for(finished):
     assert finished.steps_saved() == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_the_saved_config_repeats_the_run_bit_for_bit_and_a_trace_changes_nothing(
     finished, command_line
 ):

@@ -181,6 +181,7 @@ def test_restore_with_other_data_begins_it_anew(finished, command_line):
     assert ended.losses()[12] < finished.losses()[4]  # not from the beginning
 
 
+@pytest.mark.slow
 def test_a_published_model_begins_a_run_with_its_own_sizes_and_tokenizer(
     finished, command_line, tmp_path
 ):
