@@ -96,12 +96,8 @@ class Walk:
 
         def ends() -> Transformer:
             model = Transformer(self._cfg, self._layout, nnx.Rngs(0))
-            model.blocks, model.rest, model.norm, model.head = (
-                nnx.List([]),
-                nnx.List([]),
-                None,
-                None,
-            )
+            model.blocks, model.rest = nnx.List([]), nnx.List([])
+            model.norm = model.head = None
             return model
 
         graph, state = nnx.split(jax.eval_shape(ends))
@@ -137,21 +133,13 @@ class Walk:
             for name, parts in jax.device_get(total).items()
         }
 
-    def as_it_was(
-        self, layer: int, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
-    ) -> list[jax.Array]:
-        """What the layer makes of the states, with no input rounded."""
-        place = self._places[layer % self._cfg.places]
-        own = on_devices(place.shapes, weights)
-        return [place.run(own, *both) for both in zip(states, batches, strict=True)]
+    def as_it_was(self, layer: int, *given: Any) -> list[jax.Array]:
+        """What the layer, of these weights, makes of states and batches, with no input rounded."""
+        return _run(self._places[layer % self._cfg.places], *given)
 
-    def through(
-        self, layer: int, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
-    ) -> list[jax.Array]:
-        """What the layer makes of the states, with inputs rounded as they will be."""
-        place = self._rounding[layer % self._cfg.places]
-        own = on_devices(place.shapes, weights)
-        return [place.run(own, *both) for both in zip(states, batches, strict=True)]
+    def through(self, layer: int, *given: Any) -> list[jax.Array]:
+        """The same with inputs rounded as they will be."""
+        return _run(self._rounding[layer % self._cfg.places], *given)
 
 
 class Place:
@@ -182,6 +170,13 @@ class Place:
             return nnx.merge(graph, weights)(x_BTD, context)[0]
 
         self.observe, self.run = observe, run
+
+
+def _run(
+    place: Place, weights: Weights, states: Sequence[jax.Array], batches: Sequence[Batch]
+) -> list[jax.Array]:
+    own = on_devices(place.shapes, weights)
+    return [place.run(own, *both) for both in zip(states, batches, strict=True)]
 
 
 def linears(sparse: bool, block: Block) -> list[str]:

@@ -5,12 +5,12 @@ moments need not be. Each device takes its part of the gradient's sum over `data
 parameter, updates that, and gathers the updates of all.
 """
 
+import functools
 from typing import Any
 
 import jax
-from jax import lax
 
-from sharding.gather import Axes, axes_of, without
+from sharding.gather import Axes, axes_of, scattered, without
 from sharding.layout import divides
 
 
@@ -56,23 +56,13 @@ def own(tree: Any, axes: Axes) -> Any:
     def part(a: jax.Array) -> jax.Array:
         spec = jax.typeof(a).sharding.spec
         apart = apart_spec(a.shape, spec, axes)
-        return scattered(a, apart) if spec.unreduced else jax.reshard(a, apart)
+        if not spec.unreduced:
+            return jax.reshard(a, apart)
+        # Devices talk: gradients are summed to where their part of the optimizer lies.
+        local = functools.partial(scattered, spec=apart, rows=tuple(spec.unreduced))
+        return jax.shard_map(local, out_specs=apart)(a)
 
     return jax.tree.map(part, tree) if axes else tree
-
-
-def scattered(a: jax.Array, apart: jax.P) -> jax.Array:
-    """The sum of a, `unreduced` over axes that split it in `apart`."""
-    sums = jax.typeof(a).sharding.spec.unreduced
-
-    def local(a: jax.Array) -> jax.Array:
-        for i, dim in enumerate(apart):
-            if axes := tuple(axis for axis in axes_of(dim) if axis in sums):
-                # Devices talk: gradients are summed to where their part of the optimizer lies.
-                a = lax.psum_scatter(a, axes, scatter_dimension=i, tiled=True)
-        return a
-
-    return jax.shard_map(local, out_specs=apart)(a)
 
 
 def whole(tree: Any, like: Any) -> Any:

@@ -2,7 +2,7 @@
 
 python -m tools.bench matmul --config=configs/llama.py:1B-80GB
 
-Each weight of a layer, and the head's, meets as many tokens as a step of the recipe has: in the
+Each weight of a layer meets as many tokens as a step of the recipe has, the head's a chunk: in the
 compute dtype and rounded to each format, in each pass, its rounding included. Printed: TFLOP/s, the
 ratio to the compute dtype, the error, as the norm of the difference from the product in float32
 over the norm of that; then a few tokens, where the weight's bytes count, as a share of the rate of
@@ -48,22 +48,23 @@ WEIGHTS, MOST = 2**30, 32  # bytes of them, so that no cache holds them; and how
 
 
 class Shape(NamedTuple):
-    """A weight [O, I]."""
+    """A weight [O, I], and how many tokens meet it at a time."""
 
     name: str
     outputs: int
     inputs: int
+    tokens: int
 
 
-def shapes(cfg: ModelConfig) -> list[Shape]:
-    """The weights of a layer, and the head's."""
+def shapes(cfg: ModelConfig, tokens: int) -> list[Shape]:
+    """The weights of a layer, and the head's, which meets its loss's chunks."""
     inner = cfg.heads * cfg.head_dim
     return [
-        Shape("qkv", inner + 2 * cfg.kv_heads * cfg.head_dim, cfg.embed),
-        Shape("out", cfg.embed, inner),
-        Shape("up", cfg.mlp, cfg.embed),
-        Shape("down", cfg.embed, cfg.mlp),
-        Shape("head", cfg.vocab, cfg.embed),
+        Shape("qkv", inner + 2 * cfg.kv_heads * cfg.head_dim, cfg.embed, tokens),
+        Shape("out", cfg.embed, inner, tokens),
+        Shape("up", cfg.mlp, cfg.embed, tokens),
+        Shape("down", cfg.embed, cfg.mlp, tokens),
+        Shape("head", cfg.vocab, cfg.embed, min(tokens, cfg.arch.head.chunk)),
     ]
 
 
@@ -96,8 +97,9 @@ def drawn(key: int, *size: int, dtype: str) -> jax.Array:
     )()
 
 
-def of_many(shape: Shape, tokens: int, dtype: str) -> list[dict[str, Any]]:
+def of_many(shape: Shape, dtype: str) -> list[dict[str, Any]]:
     """A row of figures for each pass and format."""
+    tokens = shape.tokens
     x = drawn(0, tokens, shape.inputs, dtype=dtype)
     w = drawn(1, shape.outputs, shape.inputs, dtype=dtype)
     dy = drawn(2, tokens, shape.outputs, dtype=dtype)
@@ -110,8 +112,8 @@ def of_many(shape: Shape, tokens: int, dtype: str) -> list[dict[str, Any]]:
             made = time.perf_counter() - started
             seconds = rates.timed(run, x, w, dy, least=0.1)
             first = first or seconds
-            row = {"weight": shape.name, "pass": kind, "format": form, "seconds": seconds}
-            row |= {"tflops": flops / seconds / 1e12, "ratio": first / seconds}
+            row = {"weight": shape.name, "tokens": tokens, "pass": kind, "format": form}
+            row |= {"seconds": seconds, "tflops": flops / seconds / 1e12, "ratio": first / seconds}
             row |= {"error": float(jax.jit(apart)(run(x, w, dy), right)), "compile_s": made}
             found.append(row)
     return found
@@ -119,19 +121,19 @@ def of_many(shape: Shape, tokens: int, dtype: str) -> list[dict[str, Any]]:
 
 def of_few(shape: Shape, tokens: int, dtype: str, copy: float) -> list[dict[str, Any]]:
     """A row of figures for each format of stored weights: as many as no cache holds."""
-    size = shape.outputs * shape.inputs * jnp.dtype(dtype).itemsize
-    count = min(MOST, math.ceil(WEIGHTS / size))
+    own = shape.outputs * shape.inputs * jnp.dtype(dtype).itemsize
+    count = min(MOST, math.ceil(WEIGHTS / own))
     x, found = drawn(0, tokens, shape.inputs, dtype=dtype), []
     exactly = drawn(1, shape.outputs, shape.inputs, dtype=dtype)
     right = jnp.matmul(*(a.astype(jnp.float32) for a in (x, exactly.T)), precision="highest")
+    product = functools.partial(einsum, SPEC, out=OUT)
+    run = jax.jit(lambda x, ws: [product(x, w) for w in ws])
     for form in STORED:
         stored = functools.partial(store, inputs=1, form=Format.parse(form))
         keep = jax.jit(stored) if form != "bf16" else jnp.copy
         ws = [keep(exactly)] + [
             keep(drawn(key, *exactly.shape, dtype=dtype)) for key in range(2, count + 1)
         ]
-        product = functools.partial(einsum, SPEC, out=OUT)
-        run = jax.jit(lambda x, ws: [product(x, w) for w in ws])  # noqa: B023
         seconds = rates.timed(run, x, ws, least=0.1)
         size = sum(a.nbytes for a in jax.tree.leaves(ws))
         row = {"weight": shape.name, "tokens": tokens, "format": form, "seconds": seconds / count}
@@ -140,7 +142,7 @@ def of_few(shape: Shape, tokens: int, dtype: str, copy: float) -> list[dict[str,
     return found
 
 
-def of_torch(shape: Shape, tokens: int) -> list[dict[str, Any]]:
+def of_torch(shape: Shape) -> list[dict[str, Any]]:
     """torch's own 8-bit products of already rounded operands, on its GPU."""
     if importlib.util.find_spec("torch") is None:
         return []
@@ -148,7 +150,7 @@ def of_torch(shape: Shape, tokens: int) -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return []
-    size = (tokens, shape.inputs), (shape.outputs, shape.inputs)
+    size = (shape.tokens, shape.inputs), (shape.outputs, shape.inputs)
     x, w = (torch.randint(-127, 128, s, device="cuda", dtype=torch.int8) for s in size)
     x8, w8 = (torch.randn(*s, device="cuda").to(torch.float8_e4m3fn) for s in size)
     ones = torch.ones((), device="cuda")
@@ -166,8 +168,8 @@ def of_torch(shape: Shape, tokens: int) -> list[dict[str, Any]]:
             product()
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - started) / 10
-        flops = 2.0 * tokens * shape.outputs * shape.inputs
-        row = {"weight": shape.name, "format": form, "seconds": seconds}
+        flops = 2.0 * shape.tokens * shape.outputs * shape.inputs
+        row = {"weight": shape.name, "tokens": shape.tokens, "format": form, "seconds": seconds}
         found.append(row | {"tflops": flops / seconds / 1e12})
     return found
 
@@ -197,13 +199,14 @@ def main(run: Run) -> int:
     console, dtype, copy = Console(width=120), run.model.dtype, rates.copy_rate()
     words = {"weight": "", "pass": "", "format": "", "tokens": "d"}
     with jax.set_mesh(meshes.make(meshes.MeshConfig(), jax.local_devices()[:1])):
-        many = [row for each in shapes(run.model) for row in of_many(each, tokens, dtype)]
-        up = next(each for each in shapes(run.model) if each.name == "up")
+        every = shapes(run.model, tokens)
+        many = [row for each in every for row in of_many(each, dtype)]
+        up = next(each for each in every if each.name == "up")
         few = [row for count in FEW for row in of_few(up, count, dtype, copy)]
     table(console, many, **words, tflops=".1f", ratio=".2f", error=".1e", compile_s=".1f")
     console.print(f"\nfew tokens; a copy moves {copy / 1e9:,.0f} GB/s")
     table(console, few, **words, gb_per_s=",.0f", share_of_copy=".0%", error=".1e")
-    torch = [row for each in shapes(run.model) for row in of_torch(each, tokens)]
+    torch = [row for each in every for row in of_torch(each)]
     if torch:
         console.print("\ntorch, of operands that are rounded")
         table(console, torch, **words, tflops=".1f")

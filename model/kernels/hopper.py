@@ -39,8 +39,6 @@ class Tile:
 WHOLE = Tile()
 # Sums in float32 beside those in int32 need as many registers again.
 GROUPED = Tile(rows=64, depth=256, steps=3, written=64)
-
-
 KINDS = "H100", "H200", "H800", "H20"  # and GH200, in how devices name themselves
 LEAST = 256  # rows of both below which most of a tile would be padding
 
@@ -247,13 +245,14 @@ class Product:
         self.pipeline(*how, state)(*parts, allocations=buffers)
 
 
-def scaled(sums, sx_ref, sw_ref):
-    """Sums as float32, times the scale of each row and of each column."""
-    y = sums.astype(jnp.float32)
-    for ref, kept in ((sx_ref, 0), (sw_ref, 1)):
-        layout = plgpu.Layout.WGMMA.reduce(1 - kept)
-        scale = plgpu.load(ref, layout=layout, optimized=False)
-        y *= lax.broadcast_in_dim(scale, y.shape, (kept,))
+def scaled(x, by_rows, by_columns):
+    """x as float32, times the scale of each row and of each column; None: of none."""
+    y = x.astype(jnp.float32)
+    for kept, ref in enumerate((by_rows, by_columns)):
+        if ref is not None:
+            layout = plgpu.Layout.WGMMA.reduce(1 - kept)
+            scale = plgpu.load(ref, layout=layout, optimized=False)
+            y *= lax.broadcast_in_dim(scale, y.shape, (kept,))
     return y
 
 

@@ -49,27 +49,21 @@ def both(
     scales = [by for way in ways for by in (way.by_R, way.by_K) if by is not None]
 
     def round_8bit(x_hbm, *refs):
-        refs = list(refs)
-        given = [[by is not None and refs.pop(0) for by in (w.by_R, w.by_K)] for w in ways]
-        outs = [refs.pop(0) for _ in ways]
-        x_smem, *tiles, arrived = refs
+        left = iter(refs)
+        pairs = [[by if by is None else next(left) for by in way[1:]] for way in ways]
+        outs = [next(left) for _ in ways]
+        x_smem, *tiles, arrived = left
         at_R, at_K = (lax.axis_index(axis) * TILE for axis in ("rows", "columns"))
         whole = pl.ds(at_R, TILE), pl.ds(at_K, TILE)
         plgpu.copy_gmem_to_smem(x_hbm.at[whole], x_smem, arrived)
         plgpu.barrier_wait(arrived)
         for first in range(0, TILE, HALF):
-            part = pl.ds(first, HALF)
-            at = {0: whole[0], 1: pl.ds(at_K + first, HALF)}
+            part, places = pl.ds(first, HALF), (whole[0], pl.ds(at_K + first, HALF))
             wgmma = plgpu.Layout.WGMMA
             x = plgpu.load(x_smem.at[:, part], layout=wgmma, optimized=False).astype(jnp.float32)
-            for way, pair, tile in zip(ways, given, tiles, strict=True):
-                y = x
-                for kept, by in enumerate(pair):
-                    if by is not False:
-                        how = {"layout": wgmma.reduce(1 - kept), "optimized": False}
-                        y *= lax.broadcast_in_dim(
-                            plgpu.load(by.at[at[kept]], **how), y.shape, (kept,)
-                        )
+            for way, pair, tile in zip(ways, pairs, tiles, strict=True):
+                own = (by if by is None else by.at[at] for by, at in zip(pair, places, strict=True))
+                y = hopper.scaled(x, *own)
                 if way is turned:
                     y = plgpu.layout_cast(y, plgpu.Layout.WGMMA_TRANSPOSED)
                     tile.at[part, :].transpose((1, 0))[...] = nearest(y, way.form)
