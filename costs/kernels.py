@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from costs.program import Op, Program, Value
+from costs.program import WHOLE, Op, Program, Value
 from costs.talk import Talk, talk_of
 from costs.work import flops_of
 
@@ -64,12 +64,14 @@ class Compiler:
     # GPU: a product whose rows meet one expert each becomes a dense one, with copies of its rows,
     # one for each expert, zero where a row is another's. LOG.md, "What XLA makes of a ragged dot".
     dense_experts: bool = False
+    # GPU: kernels that read the same run as one: costs/siblings.py.
+    joins: bool = False
     # TPU: a matmul computes its operands from what they are made of.
     dots_fuse: bool = False
 
 
 COMPILERS = {
-    "gpu": Compiler(turns=True, late=True, matmul=2**25, dense_experts=True),
+    "gpu": Compiler(turns=True, late=True, matmul=2**25, dense_experts=True, joins=True),
     "tpu": Compiler(late=True, dots_fuse=True),
     "cpu": Compiler(),
 }
@@ -289,7 +291,7 @@ class _Scheduler:
         name = op.name
         if self.compiler.dense_experts and name.startswith("ragged"):
             name, (flops, reads) = "dot_general", self.dense(op, flops)
-        if flops and self.compiler.matmul and not op.name.startswith("attention"):
+        if flops and self.compiler.matmul and not op.name.startswith(WHOLE):
             space = Value((self.compiler.matmul,), np.dtype("int8"), made="cuBLAS")
             writes.append(Buffer(space.bytes, space))
         self.kernels.append(

@@ -21,7 +21,7 @@ from costs import spread
 from sharding.gather import Axes, axes_of
 
 # A function whose name begins so stays one operation: costs/standin.py.
-WHOLE = ("attention_forward", "attention_backward")
+WHOLE = ("attention_forward", "attention_backward", "matmul_8bit", "round_8bit")
 
 
 @dataclass(eq=False, slots=True)

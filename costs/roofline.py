@@ -8,7 +8,8 @@
   the network that joins them; where a group takes k devices of a host, over k adapters.
 - Gathers of weights, sums of gradients and what goes round a ring can hide behind kernels; sums of
   activations and tokens on their way to experts cannot, their reader waits. `Reached.hidden` says
-  how much of the former does.
+  how much of the former does, `Reached.slows` what the kernels beside it lose: it takes cores and
+  memory from them.
 - What is copied to the host's memory or from there takes HOST bytes/s, one copy after another, and
   nothing hides it.
 - Experts get as many tokens as they would if the router had no favourites (`filled`).
@@ -36,25 +37,31 @@ class Reached:
     attention: float  # of the matmul peak, heads of 128, forward and backward
     attention_64: float
     memory: float
+    rounds: float  # of that: a kernel that rounds a matrix to 8 bits, both ways
     link: float
     hidden: float  # of the collectives that can hide
+    slows: float  # s that kernels lose for each s of a collective beside them
     launch: float  # s
     float32: float  # rate of float32 matmuls, as JAX does them by default, over that of the peak
     source: str
 
 
 GPU = Reached(
-    0.71, 0.46, 0.38, 0.88, 0.82, 0.87, 3e-6, 0.5,
-    "as measured on H100 and H200 (LOG.md): matmuls 673 to 750 TFLOP/s within a step, attention by "
-    "cuDNN 455 and 375 at heads of 128 and 64, copies 2.95 TB/s, NCCL 370 GB/s, 87 % of it hidden",
+    matmul=0.71, attention=0.46, attention_64=0.38, memory=0.88, rounds=0.72, link=0.82,
+    hidden=0.87, slows=0.9, launch=3e-6, float32=0.5,
+    source="as measured on H100 and H200 (LOG.md): matmuls 673 to 750 TFLOP/s within a step, "
+    "attention by cuDNN 455 and 375 at heads of 128 and 64, copies 2.95 TB/s, NCCL 370 GB/s, 87 % "
+    "of it hidden, at the cost of 0.9 s of the kernels beside it for each second",
 )  # fmt: skip
 TPU = Reached(
-    0.85, 0.50, 0.30, 0.85, 0.80, 1.0, 1e-6, 1.0,
-    "assumed, not measured: no TPU was at hand",
+    matmul=0.85, attention=0.50, attention_64=0.30, memory=0.85, rounds=1.0, link=0.80,
+    hidden=1.0, slows=0.0, launch=1e-6, float32=1.0,
+    source="assumed, not measured: no TPU was at hand",
 )  # fmt: skip
 CPU = Reached(
-    0.60, 0.60, 0.60, 0.60, 1.0, 0.0, 5e-6, 1.0,
-    "the matmul rate measured at the start; shares of it seen in the quickstart's step",
+    matmul=0.60, attention=0.60, attention_64=0.60, memory=0.60, rounds=1.0, link=1.0,
+    hidden=0.0, slows=0.0, launch=5e-6, float32=1.0,
+    source="the matmul rate measured at the start; shares of it seen in the quickstart's step",
 )  # fmt: skip
 REACHED = {"gpu": GPU, "tpu": TPU, "cpu": CPU}
 
@@ -77,10 +84,13 @@ class Time:
         """What kernels take."""
         return self.matmul + self.attention + self.memory
 
-    def step(self, hidden: float) -> float:
-        """Seconds of a step if this share of what can hide does, as long as there is work."""
+    def step(self, hidden: float, slows: float = 0.0) -> float:
+        """Seconds of a step if this share of what can hide does, as long as there is work.
+
+        `slows`: seconds that kernels lose for each second of a collective beside them.
+        """
         under = min(hidden * self.hides, self.busy)
-        return self.busy + self.host + self.waits + self.hides - under
+        return self.busy + self.host + self.waits + self.hides - (1 - slows) * under
 
 
 def each(plan: Schedule, times: int = 1) -> Iterator[tuple[Kernel, int]]:
@@ -112,7 +122,8 @@ def seconds(
             time.host += times * kernel.link / HOST
             continue
         moved = sum(kernel.reads.values()) + kernel.written
-        memory = moved / (sheet.bandwidth * reached.memory)
+        share = reached.memory * (reached.rounds if kernel.name == "round_8bit" else 1.0)
+        memory = moved / (sheet.bandwidth * share)
         if kernel.talk:
             for talk in kernel.talk:
                 add_talk(time, talk, times, sheet, reached, sizes)

@@ -1,14 +1,17 @@
-"""A stand-in for fused attention, for compilers and counts that cannot have the engine itself.
+"""Stand-ins for kernels, where a compiler or a count cannot have the kernel itself.
 
-cuDNN's attention does not compile ahead of time, and its work shows in no jaxpr. This keeps what it
-keeps: for the backward pass q, k, v, the output and the log-sum-exp of each query, never the
-weights over tokens. Its results mean nothing.
+cuDNN's attention does not compile ahead of time, and its work shows in no jaxpr. Its stand-in keeps
+what it keeps: for the backward pass q, k, v, the output and the log-sum-exp of each query, never
+the weights over tokens. Those of the 8-bit kernels for Hopper GPUs are for counts alone: each is
+one operation, which reads and writes what the kernel does. Their results mean nothing.
 
-Shapes: B rows, T tokens, K kv heads, G query heads per kv head, H head size.
+Shapes: B rows, T tokens, K kv heads, G query heads per kv head, H head size; of matrices R rows,
+N outputs, K contracted.
 """
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -17,9 +20,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels import attention, cudnn, engine
+from model.kernels import attention, cudnn, engine, hopper, hopper_round
 
-FORWARD, BACKWARD = "attention_forward", "attention_backward"  # counted by name: costs/work.py
+# Counted by name: costs/work.py.
+FORWARD, BACKWARD = "attention_forward", "attention_backward"
+MATMUL, ROUND = "matmul_8bit", "round_8bit"
 
 
 def attend(
@@ -51,8 +56,7 @@ def _fused(q, k, v, segments, seen):
 def _named(function: Any, name: str, seen: tuple[int, bool]) -> Any:
     """`function` under a name that tells what the real one computes."""
     window, causal = seen
-    function.__name__ = f"{name}_{window}_{int(causal)}"
-    return jax.jit(function)
+    return _whole(function, f"{name}_{window}_{int(causal)}")
 
 
 def _forward(q, k, v, segments, seen):
@@ -81,8 +85,55 @@ def _backward(seen, kept, do):
 _fused.defvjp(_forward, _backward)
 
 
-def in_place(platform: str) -> contextlib.AbstractContextManager:
-    """Models built and traced in here attend as on "gpu", "tpu" or "cpu"."""
-    if platform != "gpu":
-        return contextlib.nullcontext()
-    return mock.patch.object(engine, "attention", attend)
+def matmul(
+    x_RK: jax.Array,
+    w_NK: jax.Array,
+    sx: jax.Array,
+    sw: jax.Array,
+    dtype: str,
+    tile: hopper.Tile | None = None,
+) -> jax.Array:
+    """As `hopper.matmul` by shape, dtype and work: [R, N]."""
+
+    def product(x, w, sx, sw):
+        y = lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return (y * jnp.sum(sx) * jnp.sum(sw)).astype(dtype)
+
+    return _whole(product, f"{MATMUL}_{'groups' if sx.ndim > 1 else 'whole'}")(x_RK, w_NK, sx, sw)
+
+
+def both(
+    x_RK: jax.Array, rows: hopper_round.Levels | None, turned: hopper_round.Levels
+) -> tuple[jax.Array | None, jax.Array]:
+    """As `hopper_round.both` by shape, dtype and work: ([R, K] or None, [K, R])."""
+    ways = [(way, way is turned) for way in (rows, turned) if way is not None]
+    scales = [by for way, _ in ways for by in way[1:] if by is not None]
+
+    def rounded(x, *scales):
+        x = sum(map(jnp.sum, scales)) * x
+        return tuple((x.T if last else x).astype(way.form) for way, last in ways)
+
+    made = _whole(rounded, ROUND)(x_RK, *scales)
+    return (None if rows is None else made[0]), made[-1]
+
+
+def _whole(function: Any, name: str) -> Any:
+    """`function` under a name by which it counts as one operation."""
+    function.__name__ = name
+    return jax.jit(function)
+
+
+@contextlib.contextmanager
+def in_place(platform: str, *, counted: bool = True) -> Iterator[None]:
+    """Models built and traced in here compute as on "gpu", "tpu" or "cpu".
+
+    `counted`: to be counted, not compiled.
+    """
+    with contextlib.ExitStack() as stack:
+        if platform == "gpu":
+            stack.enter_context(mock.patch.object(engine, "attention", attend))
+        if platform == "gpu" and counted:
+            stack.enter_context(mock.patch.object(engine, "platform", lambda: "gpu"))
+            stack.enter_context(mock.patch.multiple(hopper, not_here=str, matmul=matmul))
+            stack.enter_context(mock.patch.object(hopper_round, "both", both))
+        yield

@@ -18,6 +18,8 @@ def flops_of(op: Op) -> tuple[float, str]:
         return 2.0 * _ragged(a.shape, b.shape, out.shape), str(a.dtype)
     if op.name.startswith("attention_"):
         return attention(op)
+    if op.name.startswith("matmul_8bit"):
+        return 2.0 * math.prod(op.outs[0].shape) * op.ins[0].shape[-1], str(op.ins[0].dtype)
     return 0.0, ""
 
 

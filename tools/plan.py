@@ -78,7 +78,9 @@ def tracer(platform: str) -> plans.Trace:
     """What traces the step of a run, with the attention of this platform."""
 
     def trace(run: Run, devices: list[jax.Device]) -> tuple[train.Program, Any]:
-        with jax.set_mesh(meshes.make(run.mesh, devices)), standin.in_place(platform):
+        counted = devices[0].platform == "cpu"
+        mesh = meshes.make(run.mesh, devices)
+        with jax.set_mesh(mesh), standin.in_place(platform, counted=counted):
             built = train.build(run)
             step = built.jit(train.train_step, donate_argnums=0)
             return built, step.trace(built.state, built.batch())

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from configs.run import Run, check_split
-from costs import flops, kernels, peak, program, roofline, targets
+from costs import flops, kernels, peak, program, roofline, siblings, targets
 from costs.collectives import collectives, totals
 from costs.devices import Datasheet
 from costs.memory import program_bytes, state_bytes
@@ -51,7 +51,7 @@ class Plan:
     @property
     def step(self) -> float:
         """Seconds."""
-        return self.time.step(self.reached.hidden)
+        return self.time.step(self.reached.hidden, self.reached.slows)
 
     @property
     def mfu(self) -> float:
@@ -88,7 +88,10 @@ def count(run: Run, target: Target, trace: Trace, rate: float = 0.0) -> Plan:
     built, step = trace(run, devices(target))
     sizes = run.mesh.sizes(target.count)
     whole = program.read(step.jaxpr, sizes)
-    schedule = kernels.schedule(whole, kernels.COMPILERS[target.platform])
+    compiler = kernels.COMPILERS[target.platform]
+    schedule = kernels.schedule(whole, compiler)
+    if compiler.joins:
+        siblings.join(schedule)
     moment = peak.peak(schedule)
     own = [
         (leaf.sharding.shard_shape(leaf.shape), leaf.dtype)

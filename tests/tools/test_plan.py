@@ -55,10 +55,26 @@ EXPERTS = [  # the same, of 4 layers of a family
     ("qwen3_moe", {"mesh.fsdp": "1", "mesh.expert": "8"}, 28_950_000_000),
 ]
 SMALL_CHUNK = {"model.arch.head.chunk": "2048"}
+
+
+def precision(forward, dgrad, wgrad, **more):
+    """Of all hidden layers."""
+    passes = {"forward": forward, "dgrad": dgrad, "wgrad": wgrad}
+    kinds = ("attention", "mlp")
+    return {
+        f"precision.{kind}.{name}": form for kind in kinds for name, form in passes.items()
+    } | more
+
+
 MEASURED = [  # GiB and ms a step: LOG.md, "8 bits on one H100", "One H100" and "Four H200"
     (llama("8B-80GB"), "h100x1", {"data.batch": "1"}, 55.9, 980),
     (llama("8B-80GB"), "h100x1", {}, 66.5, 1823),
     (llama("1B-80GB"), "h100x1", {}, 64.9, 872),
+    (llama("1B-80GB"), "h100x1", precision("int8", "int8", "bf16"), 64.0, 789.1),
+    (llama("1B-80GB"), "h100x1", precision("int8", "int8", "fp8"), 64.9, 775.2),
+    (llama("1B-80GB"), "h100x1", precision("int8", "int8", "int8"), 61.4, 767.7),
+    (llama("1B-80GB"), "h100x1",
+     precision("int8", "int8", "int8", **{"precision.head.forward": "int8"}), 63.5, 759.3),
     (llama("1B"), "h100x1", {"data.batch": "2", "model.remat": "mlp", **SMALL_CHUNK}, 28.5, 348),
     (llama("1B"), "h100x1", {"data.batch": "3", "model.remat": "attention", **SMALL_CHUNK},
      27.7, 520),
