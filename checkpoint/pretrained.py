@@ -25,7 +25,7 @@ from checkpoint import gguf_config, hf, store
 from checkpoint.gguf import Gguf
 from checkpoint.gguf_names import Named
 from checkpoint.names import Names, our_shapes
-from checkpoint.quantized import PARTS, Form
+from checkpoint.quantized import Form
 from checkpoint.safetensors import DTYPES, PICKLED, Safetensors
 from checkpoint.tensors import Tensor, Tensors
 from configs import fields
@@ -256,14 +256,14 @@ class Ours(Pretrained):
             return self.saved.read(f"params.{name}", index)
         if index is None and stacked(name):
             return np.stack([self.read(name, i) for i in range(self.arrays[name][0][0])])
-        parts = (self.saved.read(f"params.{name}.{part}", index) for part in PARTS)
-        shape, dtype = self.arrays[name]
+        form, (shape, dtype) = self._forms[name], self.arrays[name]
+        parts = {part: self.saved.read(f"params.{name}.{part}", index) for part in form.parts}
         shape = shape[1:] if stacked(name) else shape
-        return self._forms[name].read(*parts, shape).astype(dtype, copy=False)
+        return form.read(parts, shape).astype(dtype, copy=False)
 
     def _whole(self, found: Mapping[str, Array]) -> dict[str, Array]:
         """The model's arrays, of which some lie in parts. ValueError if a part is missing."""
-        parts = {f"{name}.{part}" for name in self._forms for part in PARTS}
+        parts = {f"{name}.{part}" for name, form in self._forms.items() for part in form.parts}
         if missing := parts - found.keys():
             raise ValueError(f"{self.saved.path} lacks {min(missing)}, a part of a quantized array")
         arrays = {name: array for name, array in found.items() if name not in parts}

@@ -18,10 +18,11 @@ import numpy as np
 
 from checkpoint import convert, store
 from checkpoint.pretrained import Ours, Pretrained, stacked
-from checkpoint.quantized import PARTS, Form
-from compressors import quantize, scales
+from checkpoint.quantized import FP8, Form
+from compressors import grids, quantize, scales
 from compressors.calibration import Batch, Walk, Weights, apart
-from compressors.quantize import Inputs, Levels, Scheme
+from compressors.grids import Grid, Levels, Scheme
+from compressors.quantize import Inputs
 from configs import fields
 from model import transformer
 from model.config import ModelConfig
@@ -31,6 +32,7 @@ Progress = Callable[[int, int], None]  # layers done, and in all
 TABLES = ("embedding.table", "head.table")
 TABLE = Scheme("int8")  # of the vocabulary, whatever the scheme
 ROWS = 1 << 14  # of a table, that are rounded at one time
+SOME = 4  # of so many batches of the calibration text, one goes through the model as it was too
 BATCH = 4  # rows of the calibration text that go through a layer at one time
 
 
@@ -45,6 +47,12 @@ class Recipe:
         for name, allowed in (("scheme", quantize.SCHEMES), ("method", quantize.METHODS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(allowed)}")
+        if self.method == "smoothquant" and self.how.inputs == "bf16":
+            rounding = [name for name, how in quantize.SCHEMES.items() if how.inputs != "bf16"]
+            raise ValueError(
+                f"method='smoothquant' makes inputs easier to round, and {self.scheme} rounds "
+                f"none: it is for {', '.join(rounding)}; take awq or gptq"
+            )
 
     @property
     def how(self) -> Scheme:
@@ -61,11 +69,11 @@ class Recipe:
     def round(self, weight_OI: np.ndarray, inputs: Inputs | None) -> Levels:
         """`inputs` None: nobody saw them, as those of experts."""
         if inputs is None or self.method in ("absmax", "smoothquant"):
-            return quantize.absmax(weight_OI, self.how)
+            return grids.absmax(weight_OI, self.how)
         if self.method == "gptq":
             return quantize.gptq(weight_OI, self.how, inputs)
-        found = quantize.searched(weight_OI, self.how, np.diag(inputs.second_II))
-        return quantize.rounded(weight_OI, found, self.how)
+        found = grids.searched(weight_OI, self.how, np.diag(inputs.second_II))
+        return found.rounded(weight_OI)
 
 
 def forms(cfg: ModelConfig, scheme: Scheme) -> dict[str, Form]:
@@ -76,7 +84,7 @@ def forms(cfg: ModelConfig, scheme: Scheme) -> dict[str, Form]:
         if name in TABLES:
             found[name] = Form(TABLE.kind, TABLE.group, 1)
         elif role.kind == "matrix" and not name.startswith("head.") and ".router." not in name:
-            found[name] = Form(scheme.kind, scheme.group, role.inputs)
+            found[name] = Form(scheme.kind, scheme.group, role.inputs, scheme.zeros)
     return found
 
 
@@ -144,11 +152,12 @@ def _layers(
     tokens, told = max(map(len, rows)), []
     padded = [*rows, *[[]] * (-len(rows) % BATCH)]
     batches = [Batch.of(padded[i : i + BATCH], tokens) for i in range(0, len(padded), BATCH)]
-    exact = states = walk.begin(batches)
+    states = walk.begin(batches)
+    exact, some = states[::SOME], batches[::SOME]
     for layer, prefix, index in walk.layers():
         weights = walk.read(prefix, index)
         inputs = walk.observe(layer, weights, states, batches)
-        exact = walk.as_it_was(layer, weights, exact, batches)
+        exact = walk.as_it_was(layer, weights, exact, some)
         before = dict(weights)
         choose, moved = recipe.choose(), []
         if choose is not None:
@@ -158,7 +167,7 @@ def _layers(
             if weights[name] is not before[name] and f"{prefix}{name}" not in staged.forms:
                 staged.keep(f"{prefix}{name}", index, weights[name])
         states = walk.through(layer, weights, states, batches)
-        error = apart(exact, states, batches)
+        error = apart(exact, states[::SOME], some)
         told.append({"layer": layer, "error": error, "moved": moved, "linears": errors})
         progress(layer + 1, cfg.layers)
     return told
@@ -194,14 +203,17 @@ def _tables(source: Pretrained, staged: "Staged") -> None:
         if name in staged.forms:
             table_VD = source.read(name)
             parts = [
-                quantize.absmax(table_VD[i : i + ROWS].astype(np.float32), TABLE)
+                grids.absmax(table_VD[i : i + ROWS].astype(np.float32), TABLE)
                 for i in range(0, len(table_VD), ROWS)
             ]
-            values, scale = (
-                np.concatenate([getattr(part, field) for part in parts])
-                for field in ("values_OI", "scales_OG")
+            scales_VG, zeros_VG = (
+                np.concatenate([getattr(part.grid, field) for part in parts])
+                for field in ("scales_OG", "zeros_OG")
             )
-            staged.put(name, None, Levels(values, scale, TABLE.group), table_VD.shape)
+            # int8 here, so that a table lies in memory once.
+            values_VD = np.concatenate([part.values_OI.astype(np.int8) for part in parts])
+            levels = Levels(values_VD, Grid(TABLE, scales_VG, zeros_VG))
+            staged.put(name, None, levels, table_VD.shape)
 
 
 class Staged:
@@ -214,7 +226,8 @@ class Staged:
 
     def put(self, name: str, index: int | None, levels: Levels, shape: tuple[int, ...]) -> None:
         """A rounded weight."""
-        parts = self.forms[name].write(levels.values_OI, levels.scales_OG, shape)
+        grid = levels.grid
+        parts = self.forms[name].write(levels.values_OI, grid.scales_OG, grid.zeros_OG, shape)
         for part, values in parts.items():
             self._save(f"{name}.{part}", index, values)
 
@@ -225,7 +238,7 @@ class Staged:
 
     def read(self, name: str, index: int | None) -> np.ndarray:
         values = np.load(self._path(name, index))
-        return values.view(quantize.FP8) if values.dtype.kind == "V" else values
+        return values.view(FP8) if values.dtype.kind == "V" else values
 
     def _save(self, name: str, index: int | None, values: np.ndarray) -> None:
         np.save(self._path(name, index), values)
@@ -247,8 +260,7 @@ def _write(source: Pretrained, folder: Path, recipe: Recipe, staged: Staged) -> 
         if name in staged.forms:
             lead = shape[:1] if stacked(name) else ()
             parts = staged.forms[name].shapes(shape[len(lead) :])
-            for part in PARTS:
-                own, kind = parts[part]
+            for part, (own, kind) in parts.items():
                 add(f"{name}.{part}", (*lead, *own), kind, staged.read)
         elif name in staged.kept:
             add(name, shape, np.dtype(np.float32), staged.read)

@@ -5,6 +5,7 @@ bytes, perplexity of held-out text (of an encoder the cosine of its embeddings),
 layer, decode speed; receipt.json in the target holds it. docs/compress.md
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -93,6 +94,8 @@ def main() -> None:
             raise ValueError("--calibration and --held_out are the same text: nothing is held out")
         rows = text.rows(source, FLAGS.tokens)
         check(source, rows)
+        if FLAGS.measure and max(map(len, held.rows(source, FLAGS.held_out_tokens)), default=0) < 2:
+            raise ValueError(f"{held.name} is too short to measure on: give --held_out more text")
         target = Path(FLAGS.out or default_target(source.name, recipe))
     console = Console()
     started = time.perf_counter()
@@ -109,6 +112,7 @@ def main() -> None:
             "family": source.family and source.family.name,
             "parameters": sum(math.prod(shape) for shape, _ in source.arrays.values()),
             "bytes": {"before": bytes_of(source.arrays), "after": made.bytes},
+            "stored": stored(made),
             **told,
             "calibration": text.describe(sum(map(len, rows))),
             "seconds": round(seconds, 1),
@@ -153,6 +157,14 @@ class Text:
 
     def describe(self, tokens: int) -> dict[str, Any]:
         return {"name": self.name, "sha256": self.sha256, "tokens": tokens}
+
+
+def stored(made: Pretrained) -> dict[str, int]:
+    """How many parameters lie in each kind, that of most first."""
+    found = collections.Counter()
+    for (shape, _), kind in zip(made.arrays.values(), made.kinds(), strict=True):
+        found[kind] += math.prod(shape)
+    return dict(found.most_common())
 
 
 def default_target(name: str, recipe: Recipe) -> str:
@@ -233,6 +245,7 @@ def described(receipt: dict[str, Any]) -> str:
         f"model       {receipt['family'] or 'ours'}, {receipt['parameters']:,} parameters",
         f"bytes       {size['before']:,} -> {size['after']:,}, "
         f"{size['after'] / size['before']:.1%}",
+        f"stored      {', '.join(f'{n:,} as {kind}' for kind, n in receipt['stored'].items())}",
         f"calibrated  {text_of(receipt['calibration'])}",
     ]
     if "held_out" in receipt:

@@ -92,7 +92,7 @@ def test_bytes_are_those_of_the_levels_and_scales(made):
         width = np.prod(shape[-form.inputs :])
         each = width / 2 if form.kind == "int4" else width
         groups = -(-width // form.group) if form.group else 1
-        wanted += count // width * (each + 4 * groups)
+        wanted += count // width * (each + (4 + 2 * form.zeros) * groups)
     assert copy.bytes == wanted
 
 
@@ -253,9 +253,14 @@ def test_the_note_says_how_each_array_lies(made):
     _, copy, _ = made
     note = store.locate(copy.name).json("run")["quantized"]
     assert note["arrays"]["blocks.0.attention.out.weight"] == {
-        "kind": "int4", "group": 64, "inputs": 3
+        "kind": "int4", "group": 64, "inputs": 3, "zeros": True
     }  # fmt: skip
-    assert note["arrays"]["embedding.table"] == {"kind": "int8", "group": 0, "inputs": 1}
+    assert note["arrays"]["embedding.table"] == {
+        "kind": "int8",
+        "group": 0,
+        "inputs": 1,
+        "zeros": False,
+    }
     assert json.loads(json.dumps(note)) == note
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from checkpoint.pretrained import open_pretrained
 from compressors import texts
+from tests import assets
 from tests.checkpoint import folders
 from tests.commands import status
 from tools import compress as tool
@@ -43,7 +44,9 @@ def test_the_receipt_is_printed_and_saved(model, capsys):
     assert size["after"] == open_pretrained(str(model / "w8")).bytes < 0.4 * size["before"]
     assert f"bytes       {size['before']:,} -> {size['after']:,}" in out
     assert all(rate > 0 for rate in receipt["decode_tokens_per_s"].values())
-    assert len(receipt["layers"]) == 3 and len(out.splitlines()) < 16
+    assert len(receipt["layers"]) == 3 and len(out.splitlines()) < 17
+    assert sum(receipt["stored"].values()) == receipt["parameters"]
+    assert f"stored      {receipt['stored']['int8']:,} as int8, " in out
 
 
 @pytest.mark.parametrize(
@@ -66,14 +69,28 @@ def test_the_receipt_is_printed_and_saved(model, capsys):
             "are the same text: nothing is held out",
         ),
         (("--checkpoint={hf}", "--scheme=w8", "--out={hf}", "--calibration={a}"), "is not empty"),
+        (
+            ("--checkpoint={hf}", "--scheme=w4g64", "--method=smoothquant", "--calibration={a}"),
+            "w4g64 rounds none: it is for w8a8; take awq or gptq",
+        ),
+        (("--checkpoint={hf}", "--scheme=w8", "--calibration={empty}"), "is too short: 0 tokens"),
+        (
+            ("--checkpoint={hf}", "--scheme=w8", "--calibration={a}", "--held_out={empty}"),
+            "empty is too short to measure on",
+        ),
+        (
+            ("--checkpoint={hf}", "--scheme=w8", "--calibration={a}", "--out={short}/out"),
+            "short: file exists",
+        ),
         (("--checkpoint={mute}", "--scheme=w8"), "has no tokenizer"),
     ],
 )
 def test_what_a_user_mends_is_one_line_and_exit_code_2(args, message, model, capsys):
     folders.write(model / "mute", words=False)
     (model / "short").write_text("the")
+    (model / "empty").write_text("")
     (model / "bytes").write_bytes(b"\xff\xfe\xfa")
-    names = ("hf", "new", "mute", "short", "bytes")
+    names = ("hf", "new", "mute", "short", "empty", "bytes")
     places = {name: model / name for name in names} | {"a": model / "a.txt"}
     assert status(tool, *(arg.format(**places) for arg in args)) == 2
     told = capsys.readouterr().err
@@ -105,3 +122,29 @@ def test_rows_come_from_all_over_the_text():
     assert [chr(row[0]) for row in found] == ["a", "b", "d", "f", "h"]
     parts = texts.rows(Letters(), "a b c d e f\n\nlone\n\ng h i j k l m n", 12, 99, causal=False)
     assert [bytes(row).decode() for row in parts] == ["a b c d e f"]
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    ("scheme", "tokens", "most", "bytes_"),
+    [("w8", 4096, 0.01, 0.26), ("w8a8", 4096, 0.01, 0.26), ("w4g64", 16_384, 0.06, 0.18)],
+)
+def test_smollm2_loses_little(scheme, tokens, most, bytes_, tmp_path):
+    args = (f"--checkpoint={assets.smollm2()}", f"--scheme={scheme}", f"--tokens={tokens}")
+    assert status(tool, *args, f"--out={tmp_path / 'small'}", "--held_out_tokens=4096") == 0
+    receipt = json.loads((tmp_path / "small" / "receipt.json").read_text())
+    before, after = receipt["perplexity"].values()
+    assert after < before * (1 + most)
+    assert receipt["bytes"]["after"] < bytes_ * receipt["bytes"]["before"]
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+@pytest.mark.parametrize(("scheme", "least"), [("w8", 0.999), ("w4g64", 0.95)])
+def test_minilm_keeps_its_embeddings(scheme, least, tmp_path):
+    (tmp_path / "hf").mkdir()
+    args = (f"--checkpoint={assets.minilm(tmp_path / 'hf')}", f"--scheme={scheme}")
+    assert status(tool, *args, f"--out={tmp_path / 'small'}", "--tokens=4096") == 0
+    receipt = json.loads((tmp_path / "small" / "receipt.json").read_text())
+    assert receipt["embedding_cosine"]["least"] > least
