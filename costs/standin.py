@@ -1,9 +1,10 @@
 """Stand-ins for kernels, where a compiler or a count cannot have the kernel itself.
 
-cuDNN's attention does not compile ahead of time, and its work shows in no jaxpr. Its stand-in keeps
-what it keeps: for the backward pass q, k, v, the output and the log-sum-exp of each query, never
-the weights over tokens. Those of the 8-bit kernels for Hopper GPUs are for counts alone: each is
-one operation, which reads and writes what the kernel does. Their results mean nothing.
+cuDNN's attention does not compile ahead of time, and neither its work nor that of a TPU's shows in
+a jaxpr. The stand-in keeps what they keep: for the backward pass q, k, v, the output and the
+log-sum-exp of each query, never the weights over tokens. A TPU's, and those of the 8-bit kernels
+for Hopper GPUs, are for counts alone: each is one operation, which reads and writes what the kernel
+does. Their results mean nothing.
 
 Shapes: B rows, T tokens, K kv heads, G query heads per kv head, H head size; of matrices R rows,
 N outputs, K contracted.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels import attention, cudnn, engine, hopper, hopper_round
+from model.kernels import attention, cudnn, engine, hopper, hopper_round, splash
 
 # Counted by name: costs/work.py.
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
@@ -39,9 +40,13 @@ def attend(
     scale: float = 1.0,
     window: int = 0,
     kernels: str = "fastest",
+    platform: str = "gpu",
 ) -> jax.Array:
-    """As `model.kernels.engine.attention` of a GPU by shape, dtype and work: [B, T, K, G, H]."""
-    reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
+    """As `model.kernels.engine.attention` there by shape, dtype and work: [B, T, K, G, H]."""
+    if platform == "tpu":
+        reason = splash.why_not(q_BTKGH)
+    else:
+        reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
     if kernels == "plain" or reason not in ("", cudnn.AHEAD):
         how = {"causal": causal, "softcap": softcap, "scale": scale, "window": window}
         return attention.plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
@@ -130,8 +135,9 @@ def in_place(platform: str, *, counted: bool = True) -> Iterator[None]:
     `counted`: to be counted, not compiled.
     """
     with contextlib.ExitStack() as stack:
-        if platform == "gpu":
-            stack.enter_context(mock.patch.object(engine, "attention", attend))
+        if platform == "gpu" or (platform == "tpu" and counted):
+            there = functools.partial(attend, platform=platform)
+            stack.enter_context(mock.patch.object(engine, "attention", there))
         if platform == "gpu" and counted:
             stack.enter_context(mock.patch.object(engine, "platform", lambda: "gpu"))
             stack.enter_context(mock.patch.multiple(hopper, not_here=str, matmul=matmul))

@@ -114,6 +114,7 @@ class SelfAttention(nnx.Module):
         else:
             attend = functools.partial(self.attend, documents=context.documents)
             attend = self.attend_fresh if "cache" in context.keep else attend
+            over = functools.partial(over, check_vma=kernels.engine.checks())
             o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
         # Heads are split over tensor: the sum over them crosses devices, to where x lives.
         y_BTD = self.out(o_BTKGH, out=where)

@@ -25,17 +25,29 @@ def attention(
 ) -> jax.Array:
     """As `attention.plain`, on one device's rows and heads; `documents`: the most of a row, 0: any.
 
-    On a GPU by cuDNN, unless `kernels` is "plain"; where it does not apply, the reason is logged
-    once.
+    On a GPU by cuDNN, on a TPU by splash, unless `kernels` is "plain"; where they do not apply, the
+    reason is logged once.
     """
-    if platform() == "gpu" and kernels == "fastest":
+    here = platform() if kernels == "fastest" else "any"
+    if here == "gpu":
         reason = cudnn.why_not(q_BTKGH, causal=causal, softcap=softcap, documents=documents)
         if not reason:
             how["documents"] = documents
             return cudnn.attention(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
         tell("plain attention, of memory [T, T]", reason)
     how |= {"causal": causal, "softcap": softcap}
+    if here == "tpu":
+        from model.kernels import splash  # 0.2 s, for which no other platform has to wait
+
+        if not (reason := splash.why_not(q_BTKGH)):
+            return splash.attention(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
+        tell("plain attention, of memory [T, T]", reason)
     return plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
+
+
+def checks() -> bool:
+    """`check_vma` of a jax.shard_map around `attention`: splash says nothing of its results."""
+    return platform() != "tpu"
 
 
 def block(

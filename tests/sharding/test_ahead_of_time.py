@@ -6,6 +6,7 @@ pip install --no-deps libtpu (0.5 GB), then pytest -m aot.
 import dataclasses
 import importlib.util
 import math
+import re
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from jax.experimental import topologies
 import train
 from costs import hlo
 from costs.collectives import collectives, totals
+from model.config import Attention
 from model.precision import Precision
 from sharding import mesh as meshes
 from tests.meshes import hybrid
@@ -68,3 +70,23 @@ def test_tpus_multiply_int8_and_gather_weights_as_int8(topology, sizes):
     assert exact >= 3 * 5  # of five weights: forward, dgrad, wgrad
     # Half of those of layers; ids, the head's table and tokens between blocks stay what they were.
     assert moved["int8"] < 0.65 * moved["bf16"]
+
+
+@pytest.mark.parametrize(("topology", "sizes"), [("v5e:2x4", (2, 2, 2)), ("v5p:2x2x1", (1, 2, 2))])
+def test_tpus_attend_to_long_rows_by_splash(topology, sizes):
+    """Of 8,192 tokens; the second layer sees 1,024 back."""
+    attention = Attention(windows=(0, 1024))
+    arch = dataclasses.replace(LARGER.arch, attention=attention)
+    shape = {"heads": 8, "kv_heads": 4, "head_dim": 64, "dtype": "bfloat16"}
+    model = dataclasses.replace(LARGER, arch=arch, **shape)
+    run = run_of(sizes, model=model)
+    rows = sizes[0] * sizes[1]  # one on each device
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, batch=rows, seq=8192))
+    with jax.set_mesh(meshes.make(run.mesh, list(tpus_of(topology))[: math.prod(sizes)])):
+        compiled = train.build(run).compile()
+    text = compiled.as_text()
+    kernels = re.findall(r"%splash_mha_(\w+?)_segmented\S* = .*custom-call\(", text)
+    # The forward pass is not made again: its results are kept.
+    assert sorted(kernels) == ["dkv", "dkv", "dq", "dq", "fwd", "fwd"]
+    assert not re.search(r"\[[\d,]*8192,8192\]", text)
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 8192**2  # one head's logits
