@@ -21,7 +21,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from model.kernels import attention, cudnn, engine, hopper, hopper_round, splash
+from model.kernels import (
+    attention,
+    blocks,
+    cudnn,
+    cudnn_blocks,
+    engine,
+    hopper,
+    hopper_round,
+    splash,
+)
+from sharding.context import Block
 
 # Counted by name: costs/work.py.
 FORWARD, BACKWARD = "attention_forward", "attention_backward"
@@ -58,36 +68,71 @@ def _fused(q, k, v, segments, seen):
     return _forward(q, k, v, segments, seen)[0]
 
 
-def _named(function: Any, name: str, seen: tuple[int, bool]) -> Any:
-    """`function` under a name that tells what the real one computes."""
-    window, causal = seen
-    return _whole(function, f"{name}_{window}_{int(causal)}")
-
-
 def _forward(q, k, v, segments, seen):
-    def forward(q, k, v, segments):
-        q, k, v, segments = lax.optimization_barrier((q, k, v, segments))
-        o = q + (k + v)[:, :, :, None] + segments[:, :, None, None, None].astype(q.dtype)
-        lse = jnp.sum((q * k[:, :, :, None]).astype(jnp.float32), axis=-1)
-        return lax.optimization_barrier((o, lse))
-
-    o, lse = _named(forward, FORWARD, seen)(q, k, v, segments)
+    o, lse = _attended(q, k, v, segments, seen)
     # Both are what the backward pass asks for, so a policy keeps both or neither.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (q, k, v, segments, o, lse)
 
 
 def _backward(seen, kept, do):
+    return *_gradients(*kept, do, seen), None
+
+
+def _attended(q, k, v, segments, seen):
+    def forward(q, k, v, segments):
+        q, k, v, segments = lax.optimization_barrier((q, k, v, segments))
+        o = q + (k + v)[:, :, :, None] + segments[:, :, None, None, None].astype(q.dtype)
+        lse = jnp.sum((q * k[:, :, :, None]).astype(jnp.float32), axis=-1)
+        return lax.optimization_barrier((o, lse))
+
+    return _named(forward, FORWARD, seen)(q, k, v, segments)
+
+
+def _gradients(q, k, v, segments, o, lse, do, seen):
     def backward(q, k, v, segments, o, lse, do):
         q, k, v, o, lse, do = lax.optimization_barrier((q, k, v, o, lse, do))
         dq = q + o + do + k[:, :, :, None] + lse[..., None].astype(q.dtype)
         dk, dv = k + jnp.sum(do * q, axis=3), v + jnp.sum(do * o, axis=3)
         return lax.optimization_barrier((dq, dk, dv))
 
-    return *_named(backward, BACKWARD, seen)(*kept, do), None
+    return _named(backward, BACKWARD, seen)(q, k, v, segments, o, lse, do)
 
 
 _fused.defvjp(_forward, _backward)
+
+
+def block(
+    *, documents: int, causal: bool, scale: float, softcap: float, kernels: str = "fastest"
+) -> Block:
+    """As `model.kernels.engine.block` of a GPU by shape, dtype and work."""
+    how = {"scale": scale, "softcap": softcap}
+
+    def apart(q: jax.Array, kind: dict[str, Any]) -> bool:
+        reason = cudnn.why_not(q, causal=causal, softcap=softcap, documents=1)
+        reason = reason.removeprefix(cudnn.AHEAD)
+        return bool(
+            kernels == "plain" or reason or cudnn_blocks.why_not(documents=documents, **kind)
+        )
+
+    def forward(q, k, v, segments, keys, **kind):
+        if apart(q, kind):
+            return blocks.forward(q, k, v, segments, keys, **how, **kind)
+        return _attended(q, k, v, segments, (kind["window"], kind["causal"]))
+
+    def backward(q, k, v, segments, keys, o, lse, do, **kind):
+        if apart(q, kind):
+            return blocks.backward(q, k, v, segments, keys, o, lse, do, **how, **kind)
+        o, do = o.astype(q.dtype), do.astype(q.dtype)
+        return _gradients(q, k, v, segments, o, lse, do, (kind["window"], kind["causal"]))
+
+    return Block(forward, backward)
+
+
+def _named(function: Any, name: str, seen: tuple[int, bool]) -> Any:
+    """`function` under a name that tells what the real one computes."""
+    window, causal = seen
+    return _whole(function, f"{name}_{window}_{int(causal)}")
 
 
 def matmul(
@@ -138,6 +183,8 @@ def in_place(platform: str, *, counted: bool = True) -> Iterator[None]:
         if platform == "gpu" or (platform == "tpu" and counted):
             there = functools.partial(attend, platform=platform)
             stack.enter_context(mock.patch.object(engine, "attention", there))
+        if platform == "gpu":
+            stack.enter_context(mock.patch.object(engine, "block", block))
         if platform == "gpu" and counted:
             stack.enter_context(mock.patch.object(engine, "platform", lambda: "gpu"))
             stack.enter_context(mock.patch.multiple(hopper, not_here=str, matmul=matmul))

@@ -36,6 +36,7 @@ def attention(op: Op) -> tuple[float, str]:
     if q is None:  # what tracing put aside of it, as for a schedule of stages
         return 0.0, ""
     rows, tokens, heads, groups, size = q.shape
-    seen = visible(tokens, window) if causal else tokens
+    # A block of earlier keys shows all of them or, of a window, the corner that it still reaches.
+    seen = visible(tokens, window) if causal else visible(tokens) if window else tokens
     matmuls = 2 if op.name.startswith("attention_forward") else 5
     return 2.0 * matmuls * rows * heads * groups * tokens * size * seen, str(q.dtype)

@@ -7,7 +7,8 @@ compiler's figure decides. "Does not fit" comes with the smallest change that ma
 cuDNN's attention does not compile ahead of time, nor show its work. Where a GPU would use it, a
 stand-in is counted and compiled that keeps what it keeps (q, k, v, output, log-sum-exp).
 
---search tries meshes, remat policies and micro-batches, by counting alone. docs/plan.md.
+--search tries meshes, remat policies and micro-batches, by counting alone. The last tables say
+which number formats the hardware calls for, if --accuracy may be paid. docs/plan.md.
 """
 
 import dataclasses
@@ -45,6 +46,13 @@ flags.DEFINE_boolean("compile", True, "Ask the target's compiler, if it is here"
 flags.DEFINE_boolean(
     "search", False, "The ten best meshes, remats, micro-batches", flag_values=FLAGS
 )
+flags.DEFINE_boolean(
+    "formats", True, "Count the step in other number formats too", flag_values=FLAGS
+)
+flags.DEFINE_float(
+    "accuracy", 1.0, "The most that a format may cost, % of the loss or perplexity",
+    lower_bound=0.0, flag_values=FLAGS,
+)  # fmt: skip
 flags.DEFINE_boolean("json", False, "All figures as JSON, in the last line", flag_values=FLAGS)
 
 
@@ -58,7 +66,8 @@ def wanted(run: Run, target: targets.Target) -> Run:
     if FLAGS.mesh:
         run = dataclasses.replace(run, mesh=parity.mesh_named(FLAGS.mesh, target.count, "--mesh"))
     run = sized(run)
-    check(run, target.count)
+    if not FLAGS.search:  # which finds another mesh for a run that cannot be split as it is
+        check(run, target.count)
     return run
 
 
@@ -163,14 +172,23 @@ def times(plan: Plan) -> str:
     return "\n\n".join(lines)
 
 
-def precisions(plan: Plan) -> str:
-    model, optim = plan.run.model, plan.run.optim
-    found = precision.choices(
-        plan.target.sheet, plan.time, plan.step, model.dtype, plan.parts,
-        model.precision.name, optim.moments,
-    )  # fmt: skip
-    rows = [[c.name, c.gain, c.price, "yes" if c.use else "no"] for c in found]
-    return parity.table(["precision", "gains here", "costs in accuracy", "use"], rows)
+def formats(plan: Plan, searched: Search) -> str:
+    """Which formats to train in, and to serve in."""
+    model, sheet, most = plan.run.model, plan.target.sheet, FLAGS.accuracy
+    if sheet is None:
+        found = precision.on_a_cpu()
+    else:
+        base, others = searched.formats(plan.run)
+        counted = {flags: one and (one.step, one.counted) for flags, one in others.items()}
+        found = precision.training((base.step, base.counted), counted, most)
+    tables = (("to train in", found), ("to serve in", precision.serving(model, sheet, most)))
+    return "\n\n".join(
+        parity.table(
+            [name, "gains here", "costs in accuracy", "use"],
+            [[c.name, c.gain, c.price, c.use] for c in choices],
+        )
+        for name, choices in tables
+    )
 
 
 def ranking(best: list[Plan], tried: int) -> str:
@@ -257,15 +275,22 @@ def main(recipe: Run) -> int:
     rate = measured_matmul_rate(run.model.dtype) / target.count if target.platform == "cpu" else 0.0
     trace = tracer(target.platform)
     searched = Search(target, trace, rate)
-    plan = searched.count(run)
+    best, told = searched.best(run) if FLAGS.search else [], []
+    if best and (refused := search.refused(run, target)):
+        told.append(f"As it is, it cannot be split over {target.name}: {refused}\nSo this is with "
+                    f"{' '.join(search.flags(best[0].run, run, target.count))}:")  # fmt: skip
+        run = best[0].run
+    with command.user_input():
+        plan = searched.count(run)
     if FLAGS.compile and not FLAGS.search and not targets.missing(target):
         plan = plans.compile_for(plan, trace)
     better = None if plan.fits else searched.smallest_change(run)
-    best = searched.best(run) if FLAGS.search else []
-    told = [head(plan), memory(plan)]
+    told += [head(plan), memory(plan)]
     if not plan.fits:
         told.append(mended(plan, better))
-    told += [asked(plan, plan.time.attention > 0), times(plan), precisions(plan)]
+    told += [asked(plan, plan.time.attention > 0), times(plan)]
+    if FLAGS.formats:
+        told.append(formats(better or plan, searched))
     if FLAGS.search:
         told.append(ranking(best, searched.tried))
     print(*filter(None, told), sep="\n\n")

@@ -1,7 +1,7 @@
 """Other ways to run the same thing: which fit a device's memory, and which of them are fastest."""
 
-import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from configs.run import Run, check_split
 from costs import targets
+from costs.precision import FP8, HEAD, INT8, MOMENTS, WEIGHTS
 from costs.targets import Target
+from model.precision import Passes, Precision
 from model.remat import REMAT
 from sharding import mesh as meshes
 from sharding.layout import AXES, BUILT
@@ -27,9 +29,10 @@ class Search:
     target: Target
     trace: Trace
     rate: float = 0.0
-    limit_s: float = 30.0  # of this process' own work: other work does not shorten a search
+    limit_s: float = 40.0  # of this process' own work: other work does not shorten a search
     tried: int = 0
-    _since: float = field(default_factory=time.process_time)
+    _until: float = math.inf
+    _best: dict[Run, list[Plan]] = field(default_factory=dict)
 
     def count(self, run: Run) -> Plan:
         self.tried += 1
@@ -38,20 +41,49 @@ class Search:
     def counted(self, runs: Iterable[Run]) -> Iterator[Plan]:
         """The plans of those runs that can be split over the target."""
         for run in runs:
-            over = time.process_time() - self._since > self.limit_s
-            if not over and possible(run, self.target):
+            if time.process_time() < self._until and not refused(run, self.target):
                 yield self.count(run)
 
+    def start(self, share: float = 0.4) -> None:
+        """Time begins for one kind of change: a share of what a search may take."""
+        self._until = time.process_time() + share * self.limit_s
+
     def smallest_change(self, run: Run) -> Plan | None:
-        """The fastest that fits of those that differ by one change, else by more, else None."""
-        self._since = time.process_time()
+        """The fastest that fits of those that differ by one change, else by more, else None.
+
+        Then with a smaller state, which changes results a little, and with a smaller batch.
+        """
+        self.start()
         fit = [plan for plan in self.counted(singles(run, self.target)) if plan.fits]
         fit = fit or self.best(run)
-        if not fit:
-            self._since = time.process_time()
-            smaller = (changed(run, batch=batch) for batch in halves(run.data.batch))
-            fit = [plan for plan in self.counted(smaller) if plan.fits][:1]
+        for form in smaller(run):
+            if not fit:
+                self.start()
+                tries = itertools.chain([form], singles(form, self.target))
+                fit = [plan for plan in self.counted(tries) if plan.fits]
+        for batch in halves(run.data.batch):
+            if not fit:
+                self.start()
+                tries = (changed(one, batch=batch) for one in (run, *smaller(run)))
+                fit = [plan for plan in self.counted(tries) if plan.fits]
         return min(fit, key=lambda plan: plan.step / plan.run.data.batch, default=None)
+
+    def formats(self, run: Run) -> tuple[Plan, dict[str, Plan | None]]:
+        """(the run with bfloat16 matmuls and a float32 state; it in each format, by its flags).
+
+        None: the hardware multiplies it no faster.
+        """
+        sheet, base = self.target.sheet, in_bfloat16(run)
+        found: dict[str, Plan | None] = {}
+        for name, words in (("int8", (INT8, HEAD)), ("fp8", (FP8,))):
+            fast = sheet is not None and sheet.peak(name) > sheet.bf16
+            for flags in words:
+                head = "int8" if flags == HEAD else "bf16"
+                found[flags] = self.count(rounded(base, name, head)) if fast else None
+        for flags, one in zip((MOMENTS, f"{WEIGHTS} {MOMENTS}"), smaller(base), strict=False):
+            if not refused(one, self.target):
+                found[flags] = self.count(one)
+        return self.count(base), found
 
     def best(self, run: Run) -> list[Plan]:
         """The ten fastest meshes, remat policies and micro-batches with which the run fits.
@@ -59,20 +91,22 @@ class Search:
         First each mesh with the policy that recomputes least but for "none", which keeps float32
         values that cost more to read than to make; then the fastest few with "none" as well.
         """
-        self._since, found = time.process_time(), []
+        if run in self._best:
+            return self._best[run]
+        self.start(1.0)
+        found: list[Plan] = []
         for mesh in meshes_of(self.target):
             one = dataclasses.replace(run, mesh=mesh)
-            tries = (
-                changed(one, remat=name, accumulate=parts)
-                for parts in (1, 2, 4, 8)
-                for name in REMATS[1:]
-            )
+            parts = (1, 2, 4, 8) if mesh.stage == 1 else (16, 8, 4, 2, 1)  # fewer stages wait
+            tries = (changed(one, remat=name, accumulate=n) for n in parts for name in REMATS[1:])
             fit = next((plan for plan in self.counted(tries) if plan.fits), None)
             found += [fit] if fit else []
         found.sort(key=lambda plan: plan.step)
+        self.start()
         more = (changed(plan.run, remat=REMATS[0]) for plan in found[:4])
         found += [plan for plan in self.counted(more) if plan.fits]
-        return sorted(found, key=lambda plan: plan.step)[:10]
+        self._best[run] = sorted(found, key=lambda plan: plan.step)[:10]
+        return self._best[run]
 
 
 def changed(run: Run, remat: str = "", accumulate: int = 0, chunk: int = 0, batch: int = 0) -> Run:
@@ -90,6 +124,31 @@ def changed(run: Run, remat: str = "", accumulate: int = 0, chunk: int = 0, batc
     return dataclasses.replace(run, model=model, data=data, optim=optim)
 
 
+def in_bfloat16(run: Run) -> Run:
+    """The run with matmuls in bfloat16, and weights and moments in float32."""
+    model = dataclasses.replace(
+        run.model, dtype="bfloat16", param_dtype="float32", precision=Precision()
+    )
+    return dataclasses.replace(
+        run, model=model, optim=dataclasses.replace(run.optim, moments="float32")
+    )
+
+
+def rounded(run: Run, name: str, head: str) -> Run:
+    """The run with the matmuls of hidden layers, and of the head, by presets of these names."""
+    precision = dataclasses.replace(Precision.by_name(name), head=Passes.by_name(head))
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, precision=precision))
+
+
+def smaller(run: Run) -> Iterator[Run]:
+    """The run with a state of fewer bytes: moments in int8, then weights in bfloat16 too."""
+    if run.optim.name != "adamw" or run.layout.host:
+        return
+    run = dataclasses.replace(run, optim=dataclasses.replace(run.optim, moments="int8"))
+    yield run
+    yield dataclasses.replace(run, model=dataclasses.replace(run.model, param_dtype="bfloat16"))
+
+
 def flags(run: Run, base: Run, devices: int) -> list[str]:
     """The flags that make `run` of `base`, by the fields that a search changes."""
 
@@ -100,6 +159,10 @@ def flags(run: Run, base: Run, devices: int) -> list[str]:
             "optim.accumulate": one.optim.accumulate,
             "model.arch.head.chunk": one.model.arch.head.chunk,
             "data.batch": one.data.batch,
+            "optim.moments": one.optim.moments,
+            "model.param_dtype": one.model.param_dtype,
+            "layout.host": ",".join(one.layout.host) or "none",
+            "layout.optimizer": one.layout.optimizer or "none",
         }
 
     before = fields(base)
@@ -121,12 +184,13 @@ def meshes_of(target: Target) -> Iterator[MeshConfig]:
             yield MeshConfig(**sizes)
 
 
-def possible(run: Run, target: Target) -> bool:
-    """Whether the run can be split over the target."""
-    with contextlib.suppress(ValueError):
+def refused(run: Run, target: Target) -> str:
+    """Why the run cannot be split over the target; "" if it can."""
+    try:
         check_split(run, target.count)
-        return True
-    return False
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def singles(run: Run, target: Target) -> Iterator[Run]:
@@ -137,6 +201,10 @@ def singles(run: Run, target: Target) -> Iterator[Run]:
         yield changed(run, accumulate=n * run.optim.accumulate)
     for n in (2, 4, 8):
         yield changed(run, chunk=max(1, run.model.arch.head.chunk // n))
+    if run.mesh.sizes(target.count)["data"] > 1 and run.layout.optimizer is None:
+        yield dataclasses.replace(run, layout=dataclasses.replace(run.layout, optimizer="data"))
+    if not run.layout.host and target.platform != "cpu":
+        yield dataclasses.replace(run, layout=dataclasses.replace(run.layout, host=("optimizer",)))
     for mesh in meshes_of(target):
         if mesh.sizes(target.count) != run.mesh.sizes(target.count):
             yield dataclasses.replace(run, mesh=mesh)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from costs import precision
 from costs.devices import H100, V4, V5P
 from costs.roofline import GPU, Time, attention_rate, bandwidth
 
@@ -39,25 +38,9 @@ def test_eight_bits_have_the_datasheets_rate_where_it_gives_one():
     assert H100.peak("float32") == H100.bf16 and V4.peak("int8") == V4.bf16
 
 
-@pytest.mark.parametrize(
-    ("sheet", "rounded", "gain", "use"),
-    [
-        (H100, "", "at most 25% of the step", "bfloat16"),
-        (H100, "int8", "in the times above", "bfloat16 int8"),
-        (V4, "", "no faster here", "bfloat16"),
-    ],
-)
-def test_a_precision_gains_what_its_rate_takes_off_the_matmuls(sheet, rounded, gain, use):
-    time = Time(matmul=0.5, memory=0.5)
-    found = precision.choices(sheet, time, 1.0, "bfloat16", {}, rounded)
-    gains = {choice.name: choice.gain for choice in found}
-    assert gains["--config.precision=int8"] == gain
-    used = [choice.name for choice in found if choice.use]
-    assert all(word in name for word, name in zip(use.split(), used, strict=True))
-
-
 def test_what_hides_takes_no_time_as_long_as_there_is_work_to_hide_behind():
     time = Time(matmul=3.0, attention=1.0, memory=1.0, hides=2.0, waits=0.5)
     assert time.step(0.0) == 7.5 and time.step(1.0) == 5.5
+    assert time.step(1.0, slows=0.5) == 6.5, "it takes from what runs beside it"
     time.hides = 9.0
     assert time.step(1.0) == pytest.approx(5.0 + 0.5 + 4.0)

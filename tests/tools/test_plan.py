@@ -1,6 +1,7 @@
 """`python -m tools.plan` agrees with compilers and measurements, and mends what does not fit."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -12,13 +13,15 @@ from tests.commands import status
 from tools import parity
 from tools import plan as tool
 from training import plans
+from training.search import Search
 
 GIB = 2**30
 
 
 def run(*args):
     """The exit code of the command, in this process."""
-    args = ("--nocompile", *args) if args else args
+    if args:
+        args = ("--nocompile", *(() if "--formats" in args else ("--noformats",)), *args)
     return status(tool, *args, recipe="configs/quickstart.py")
 
 
@@ -30,6 +33,12 @@ def counted(recipe, target, overrides=None):
 
 def llama(size):
     return f"configs/llama.py:{size}"
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """A search that ends after few tries."""
+    monkeypatch.setattr(tool, "Search", functools.partial(Search, limit_s=4.0))
 
 
 slow = pytest.mark.slow
@@ -176,10 +185,39 @@ def test_what_does_not_fit_comes_with_the_smallest_change(capsys):
 
 
 @pytest.mark.slow
-def test_what_fits_on_no_mesh_says_how_many_devices_its_state_takes(capsys):
-    args = (f"--config={llama('8B')}", "--target=h100x1", "--config.data.batch=1")
-    assert run(*args) == 0
+def test_what_fits_on_no_mesh_says_how_many_devices_its_state_takes(soon, capsys):
+    sizes = ("--config.data.batch=1", "--config.optim.name=lion")
+    assert run(f"--config={llama('8B')}", "--target=h100x1", *sizes) == 0
     assert "The state and its gradients alone take 2 devices" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_fits_on_no_mesh_may_fit_with_a_smaller_state(soon, capsys):
+    assert run(f"--config={llama('8B')}", "--target=h100x1", "--config.data.batch=1", "--json") == 0
+    change = json.loads(capsys.readouterr().out.splitlines()[-1])["smallest_change"]
+    smaller = {"--config.optim.moments=int8", "--config.model.param_dtype=bfloat16"}
+    assert smaller <= set(change["flags"]) and change["bytes"] < 72.6 * GIB
+
+
+@pytest.mark.slow
+def test_a_recipe_that_cannot_be_split_is_told_with_the_best_mesh_that_was_found(soon, capsys):
+    sizes = ("--config.data.batch=2", "--config.model.layers=2")
+    assert run(f"--config={llama('124M')}", "--target=h100x4", *sizes, "--search") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"cannot be split over h100x4: .*batch=2 does not divide over fsdp=4", out)
+    assert re.search(r"this is with --config.mesh.*, on h100x4 as \w+=2,\w+=2\n", out, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_formats_are_counted_and_have_their_prices(capsys):
+    args = ("--formats", "--config.model.layers=2", "--config.model.unroll=2")
+    assert run(f"--config={llama('1B-80GB')}", "--target=h100x1", *args) == 0
+    out = capsys.readouterr().out
+    ms = r"([\d.]+) ms, [\d.]+ GiB"
+    [base] = re.findall(rf"bfloat16 matmuls, float32 state +\| {ms}", out)
+    [eight] = re.findall(rf"--config.precision=int8 +\| {ms}.*yes, for its speed", out)
+    assert 0.8 < float(eight) / float(base) < 0.97
+    assert re.search(r"--scheme=w4g64 .* no: costs more than 1 %", out)
 
 
 @pytest.mark.slow
