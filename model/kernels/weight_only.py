@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.kernels import engine, weight_only_hopper
 from model.kernels.quantize import in_blocks
 
 
@@ -14,7 +15,18 @@ def matmul(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -
     """[R, N] in x's dtype: x w', times the scales sw [N], or [N, ceil(K / block)] of blocks of K.
 
     w is int8 or float8; or uint8 [N, P], two levels of 4 bits a byte, the first in its low half.
+
+    Few rows on a Hopper GPU by a kernel of our own, where that applies.
     """
+    if engine.platform() == "gpu":
+        if not (reason := weight_only_hopper.why_not(x_RK, w_NK, block)):
+            return weight_only_hopper.matmul(x_RK, w_NK, sw, block)
+        engine.tell("weights of few bits by XLA", reason)
+    return plain(x_RK, w_NK, sw, block=block)
+
+
+def plain(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -> jax.Array:
+    """`matmul` by XLA, anywhere."""
     K, dtype = x_RK.shape[1], x_RK.dtype
     w_NK = unpacked(w_NK, K) if w_NK.dtype == jnp.uint8 else w_NK
     if block:
