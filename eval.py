@@ -64,6 +64,10 @@ flags.DEFINE_string(
     "dtype", None, f"Of the computation: {', '.join(DTYPES)}; default as stored, float32 on CPU",
     flag_values=FLAGS,
 )  # fmt: skip
+flags.DEFINE_boolean(
+    "dequantize", False, "Compute with weights of 8 and 4 bits as numbers of --dtype",
+    flag_values=FLAGS,
+)  # fmt: skip
 for axis in SERVING:
     size = getattr(MeshConfig(), axis)
     flags.DEFINE_integer(f"mesh.{axis}", size, "Devices along this axis", flag_values=FLAGS)
@@ -122,15 +126,18 @@ class Subject:
         model = Model(graph, cfg, layout, vocab, jax.sharding.get_mesh())
         # A document of the text that a model was trained on here begins with the end of another.
         prefix = (words.end,) if source.family is None else ()
-        self.scorer = Scorer(
-            model, source.params(self.shapes), words, batch=FLAGS.batch, prefix=prefix, each=bar
-        )
+        params = self.read(source)
+        self.scorer = Scorer(model, params, words, batch=FLAGS.batch, prefix=prefix, each=bar)
         self.source, self.bar = source, bar
+
+    def read(self, source: Pretrained) -> Any:
+        """The values of a checkpoint, on the mesh in use."""
+        return source.params(self.shapes if FLAGS.dequantize else source.compressed(self.shapes))
 
     def follow(self, source: Pretrained) -> None:
         """Take the values of another checkpoint of the same model."""
         self.scorer.params = None  # make room first
-        self.scorer.params = source.params(self.shapes)
+        self.scorer.params = self.read(source)
         self.source = source
 
     def describe(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from absl import flags
 
 from checkpoint.pretrained import Pretrained, open_pretrained
 from configs import command
+from costs import flops
 from inference.engine import Engine, Generation, Held, Result, Work, check_kind
 from inference.sampling import Sampling
 from model import transformer
@@ -66,6 +67,10 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "dtype", None, f"Of the computation: {', '.join(DTYPES)}; default float32 on CPU, else "
     "bfloat16", flag_values=FLAGS,
+)  # fmt: skip
+flags.DEFINE_boolean(
+    "dequantize", False, "Compute with weights of 8 and 4 bits as numbers of --dtype",
+    flag_values=FLAGS,
 )  # fmt: skip
 for axis in SERVING:
     flags.DEFINE_integer(f"mesh.{axis}", 1, "Devices along this axis", flag_values=FLAGS)
@@ -148,6 +153,7 @@ def load(source: Pretrained) -> Engine:
     cfg = dataclasses.replace(source.cfg, dtype=dtype, param_dtype=dtype)
     layout = Layout()
     _, shapes, _ = transformer.abstract(cfg, layout)
+    shapes = shapes if FLAGS.dequantize else source.compressed(shapes)
     return Engine.unrolled(source.params(shapes), cfg, layout, source.tokenizer)
 
 
@@ -265,9 +271,9 @@ def generate() -> None:
             engine = load(source)
             for ids in prompts:
                 engine.check(ids, FLAGS.max_tokens or 1)
-        size = sum(leaf.size for leaf in jax.tree.leaves(jax.block_until_ready(engine.params)))
-        seconds = time.perf_counter() - started
-        note(f"{source.name}: {size:,} parameters, {engine.model.cfg.dtype}, {seconds:.1f} s")
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.block_until_ready(engine.params)))
+        told = f"{flops.params(source.cfg):,} parameters, {engine.model.cfg.dtype}, {size:,} bytes"
+        note(f"{source.name}: {told}, {time.perf_counter() - started:.1f} s")
         writer = Writer(engine)
         if FLAGS.batch_file:
             batch(writer, prompts)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 
 from checkpoint import gguf_config, hf, store
+from checkpoint.compressed import in_parts
 from checkpoint.gguf import Gguf
 from checkpoint.gguf_names import Named
 from checkpoint.names import Names, our_shapes
@@ -114,6 +115,14 @@ class Pretrained(abc.ABC):
     def kinds(self) -> list[str]:
         """The dtype of each tensor or array, as its format calls it."""
 
+    def compressed(self, shapes: Any) -> Any:
+        """`shapes`, with a QArray for each weight that the files hold in 8 or 4 bits."""
+        return shapes
+
+    def lying(self, wanted: Mapping[str, Any]) -> dict[str, Array]:
+        """`arrays`, in parts where `wanted` names these."""
+        return self.arrays
+
     def params(self, shapes: Any) -> Any:
         """The values, in a tree like `shapes`: cast to its dtypes, placed as its shardings say.
 
@@ -123,7 +132,7 @@ class Pretrained(abc.ABC):
         """
         wanted = store.flatten(shapes)
         compare(
-            {name: shape for name, (shape, _) in self.arrays.items()},
+            {name: shape for name, (shape, _) in self.lying(wanted).items()},
             {name: tuple(leaf.shape) for name, leaf in wanted.items()},
             self.name,
         )
@@ -260,6 +269,18 @@ class Ours(Pretrained):
         parts = {part: self.saved.read(f"params.{name}.{part}", index) for part in form.parts}
         shape = shape[1:] if stacked(name) else shape
         return form.read(parts, shape).astype(dtype, copy=False)
+
+    def compressed(self, shapes: Any) -> Any:
+        def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+            form = self._forms.get(jax.tree_util.keystr(path, simple=True, separator="."))
+            return leaf if form is None else in_parts(form, leaf)
+
+        return jax.tree.map_with_path(one, shapes)
+
+    def lying(self, wanted: Mapping[str, Any]) -> dict[str, Array]:
+        parts = {name: self._stored[name] for name in self._stored.keys() & wanted.keys()}
+        whole = {name.rpartition(".")[0] for name in parts}
+        return {name: array for name, array in self.arrays.items() if name not in whole} | parts
 
     def _whole(self, found: Mapping[str, Array]) -> dict[str, Array]:
         """The model's arrays, of which some lie in parts. ValueError if a part is missing."""

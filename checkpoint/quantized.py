@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from model.kernels.nibbles import packed, unpacked
+
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 KINDS = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint8), "fp8": FP8}  # as they lie on disk
 ZEROS = np.dtype(np.float16)
@@ -89,16 +91,3 @@ def spread(scales_OG: np.ndarray, group: int, width: int) -> np.ndarray:
     if scales_OG.shape[1] == 1:
         return scales_OG
     return np.repeat(scales_OG, group, axis=1)[:, :width]
-
-
-def packed(levels_OI: np.ndarray) -> np.ndarray:
-    """Levels -8 to 7 as [O, P] uint8; behind an odd I stands a zero."""
-    nibbles = levels_OI.astype(np.int8).view(np.uint8) & 15
-    nibbles = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)))
-    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
-
-
-def unpacked(bytes_OP: np.ndarray, width: int) -> np.ndarray:
-    """[O, I] int8 of `packed`."""
-    both = np.stack([bytes_OP << 4, bytes_OP & 240], axis=-1).view(np.int8) >> 4
-    return both.reshape(len(bytes_OP), -1)[:, :width]

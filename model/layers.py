@@ -15,6 +15,7 @@ from jax import lax
 
 from model import config
 from model.matmul import einsum, einsums
+from model.matmul.stored import QArray, lies, rows_of
 from model.precision import BF16, Passes
 from sharding import stages
 from sharding.gather import axes_of, varying, without
@@ -191,22 +192,19 @@ class Embedding(nnx.Module):
         of D, and trades slices for rows; over tensor the parts of the vocabulary are summed, and
         the sums scattered if `out` wants tokens apart.
         """
-        spec = jax.typeof(self.table[...]).sharding.spec
-        vocab, embed = (axes_of(dim) for dim in spec.partitions)
+        vocab, embed = (axes_of(dim) for dim in lies(self.table[...]).partitions)
         # An axis that splits the vocabulary has all ids until the sum over it is scattered.
         where = jax.P(out[0], without(out[1], vocab))
         apart = tuple(axis for axis in axes_of(out[1]) if axis in vocab)
         summed = tuple(axis for axis in vocab if axis not in apart)
 
-        def local(table_vd: jax.Array, ids_bT: jax.Array) -> jax.Array:
+        def local(table_vd: jax.Array | QArray, ids_bT: jax.Array) -> jax.Array:
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
-            table_vd = varying(table_vd)
+            table_vd = jax.tree.map(varying, table_vd)
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
             # In float32, since the gradient sums all rows of a token: in bfloat16 a sum of hundreds
             # would stop growing.
-            table_vd = table_vd.astype(jnp.float32)
-            x_BTd = table_vd.at[own].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-            x_BTd = x_BTd.astype(dtype)
+            x_BTd = rows_of(table_vd, own).astype(dtype)
             x_BTd = lax.psum(x_BTd, summed) if summed else x_BTd
             if apart:
                 x_BTd = lax.psum_scatter(x_BTd, apart, scatter_dimension=1, tiled=True)

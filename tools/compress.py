@@ -200,7 +200,7 @@ def loaded(model: Pretrained) -> tuple[Any, Any, Any, Layout]:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     cfg = dataclasses.replace(model.cfg, dtype=dtype, param_dtype=dtype)
     graph, shapes, _ = transformer.abstract(cfg, Layout())
-    return graph, model.params(shapes), cfg, Layout()
+    return graph, model.params(model.compressed(shapes)), cfg, Layout()
 
 
 def decoder(pretrained: Pretrained, held: Text, rows: list[list[int]]) -> dict[str, float]:

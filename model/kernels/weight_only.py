@@ -1,52 +1,132 @@
 """Activations times a weight of 8 or 4 bits with scales, in the activations' dtype.
 
-Shapes: R rows, N outputs, K contracted, P bytes of K.
+Shapes: R rows, N outputs, K contracted, P bytes of K, G blocks of K; C outputs of a chunk.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from model.kernels import engine, weight_only_hopper
+from model.kernels.nibbles import halves, unpacked
 from model.kernels.quantize import in_blocks
 
+CACHED = 1 << 17  # numbers of a chunk, in float32: what the cache of one core holds
+FEWEST = 16  # outputs of a chunk
 
-def matmul(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -> jax.Array:
-    """[R, N] in x's dtype: x w', times the scales sw [N], or [N, ceil(K / block)] of blocks of K.
 
-    w is int8 or float8; or uint8 [N, P], two levels of 4 bits a byte, the first in its low half.
+def matmul(
+    x_RK: jax.Array,
+    w_NK: jax.Array,
+    sw: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    block: int = 0,
+) -> jax.Array:
+    """[R, N] in x's dtype: x w', times the scales sw [N], or [N, G] of blocks of K.
 
-    Few rows on a Hopper GPU by a kernel of our own, where that applies.
+    w is int8 or float8; or uint8 [N, P], `nibbles.packed`. `zeros`, shaped as sw: the levels that
+    stand for 0; without, that is level 0.
+
+    Few rows on a Hopper GPU by a kernel of our own, where that applies; on a CPU by chunks.
     """
-    if engine.platform() == "gpu":
+    where = engine.platform()
+    if where == "gpu":
         if not (reason := weight_only_hopper.why_not(x_RK, w_NK, block)):
-            return weight_only_hopper.matmul(x_RK, w_NK, sw, block)
+            y_RN = weight_only_hopper.matmul(x_RK, w_NK, sw, block)
+            return y_RN if zeros is None else y_RN - beneath(x_RK, sw, zeros, block)
         engine.tell("weights of few bits by XLA", reason)
-    return plain(x_RK, w_NK, sw, block=block)
+    how = by_chunks if where == "cpu" else plain
+    return how(x_RK, w_NK, sw, zeros, block=block)
 
 
-def plain(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -> jax.Array:
+def plain(
+    x_RK: jax.Array,
+    w_NK: jax.Array,
+    sw: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    block: int = 0,
+) -> jax.Array:
     """`matmul` by XLA, anywhere."""
-    K, dtype = x_RK.shape[1], x_RK.dtype
-    w_NK = unpacked(w_NK, K) if w_NK.dtype == jnp.uint8 else w_NK
-    if block:
-        parts = in_blocks(w_NK.astype(jnp.float32), block) * sw[..., None]
-        w_NK = parts.reshape(len(w_NK), -1)[:, :K]
-    sums = jnp.float32 if not block else dtype
-    y_RN = lax.dot_general(
-        x_RK, w_NK.astype(dtype), (((1,), (1,)), ((), ())), preferred_element_type=sums
-    )
-    return y_RN if block else (y_RN * sw[None]).astype(dtype)
+    dtype = x_RK.dtype
+    if block or zeros is not None:
+        w_NK = numbers(w_NK, sw, zeros, x_RK.shape[1], block=block).astype(dtype)
+        return lax.dot_general(x_RK, w_NK, LAST, preferred_element_type=dtype)
+    w_NK = levels(w_NK, x_RK.shape[1]).astype(dtype)
+    y_RN = lax.dot_general(x_RK, w_NK, LAST, preferred_element_type=jnp.float32)
+    return (y_RN * sw[None]).astype(dtype)
 
 
-def packed(levels: jax.Array) -> jax.Array:
-    """[..., K] levels -8 to 7 as [..., P] uint8; behind an odd K stands a zero."""
-    nibbles = levels.astype(jnp.uint8) & 15
-    nibbles = jnp.pad(nibbles, [(0, 0)] * (levels.ndim - 1) + [(0, levels.shape[-1] % 2)])
-    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
+LAST = (((1,), (1,)), ((), ()))  # what dots contract: the last dims of both
 
 
-def unpacked(w: jax.Array, K: int) -> jax.Array:
-    """[..., K] int8 of `packed`."""
-    both = jnp.stack([w << 4, w & 240], axis=-1).astype(jnp.int8) >> 4
-    return both.reshape(*w.shape[:-1], -1)[..., :K]
+def levels(w_NK: jax.Array, K: int) -> jax.Array:
+    """[N, K]: those of a weight, packed or not."""
+    return unpacked(w_NK, K) if w_NK.dtype == jnp.uint8 else w_NK
+
+
+def numbers(
+    w_NK: jax.Array, sw: jax.Array, zeros: jax.Array | None, K: int, *, block: int = 0
+) -> jax.Array:
+    """[N, K] float32: what a weight's levels stand for."""
+    N = len(w_NK)
+    parts = in_blocks(levels(w_NK, K).astype(jnp.float32), block)
+    if zeros is not None:
+        parts = parts - zeros.reshape(N, -1)[..., None].astype(jnp.float32)
+    return (parts * sw.reshape(N, -1)[..., None]).reshape(N, -1)[:, :K]
+
+
+def beneath(x_RK: jax.Array, sw: jax.Array, zeros: jax.Array, block: int) -> jax.Array:
+    """[R, N] in x's dtype: what `zeros` add to a product that takes level 0 for them."""
+    x_RG = jnp.sum(in_blocks(x_RK.astype(jnp.float32), block), axis=-1)
+    zeros_NG = (zeros.astype(jnp.float32) * sw).reshape(len(sw), -1)
+    return lax.dot_general(x_RG, zeros_NG, LAST).astype(x_RK.dtype)
+
+
+# ---- on a CPU ------------------------------------------------------------------------------------
+
+
+def by_chunks(
+    x_RK: jax.Array,
+    w_NK: jax.Array,
+    sw: jax.Array,
+    zeros: jax.Array | None = None,
+    *,
+    block: int = 0,
+) -> jax.Array:
+    """`matmul`, some outputs at a time, whose numbers never leave the cache.
+
+    All at once, XLA writes them to memory in float32 and reads them back: seven times as long as
+    float32 weights take, where chunks take half.
+    """
+    if w_NK.dtype == jnp.uint8 and block % 2:
+        return plain(x_RK, w_NK, sw, zeros, block=block)
+    (R, K), N = x_RK.shape, len(w_NK)
+    C = min(N, max(FEWEST, 1 << (CACHED // K).bit_length() >> 1))
+    chunks = -(-N // C)
+    x_RK, dtype = x_RK.astype(jnp.float32), x_RK.dtype
+    if w_NK.dtype == jnp.uint8:  # the two levels of a byte apart: each meets every second input
+        x_RK = jnp.pad(x_RK, ((0, 0), (0, K % 2)))
+        parts = [x_RK[:, ::2], x_RK[:, 1::2]]
+    else:
+        parts = [x_RK]
+
+    def one(start: jax.Array) -> jax.Array:
+        """[C, R]: the outputs from `start` on."""
+        own = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=C)
+        w_C, *scaled = jax.tree.map(own, (w_NK, sw, zeros))
+        each = zip(halves(w_C) if len(parts) > 1 else [w_C], parts, strict=True)
+        size = block // len(parts)
+        return sum(
+            lax.dot_general(numbers(w, *scaled, x.shape[1], block=size), x, LAST) for w, x in each
+        )
+
+    # The last chunk may begin with outputs of the one before.
+    starts = jnp.minimum(jnp.arange(chunks) * C, N - C)
+    y_NR = lax.map(one, starts)
+    last = y_NR[-1, chunks * C - N :]
+    y_NR = jnp.concatenate([y_NR[:-1].reshape(-1, R), last])
+    return y_NR.T.astype(dtype)

@@ -70,7 +70,7 @@ def matmul(
 ) -> jax.Array:
     """[R, N] bfloat16: x w', times the scales sw [N], or [N, G] of groups of K.
 
-    w is int8 [N, K], or uint8 [N, K / 2] as `weight_only.packed` makes it. Sums in float32.
+    w is int8 [N, K], or uint8 [N, K / 2] as `nibbles.packed` makes it. Sums in float32.
     """
     product = Product(*x_RK.shape, len(w_NB), bits_of(w_NB), group, tile)
     if group:

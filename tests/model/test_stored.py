@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from checkpoint import store as saves
 from model import transformer
 from model.config import Arch, Moe
-from model.kernels import weight_only
+from model.kernels import nibbles
 from model.matmul.stored import QArray, store, store_all
 from model.precision import Format, Passes, Precision
 from sharding.layout import Layout
@@ -120,9 +120,9 @@ def test_experts_may_be_stored_and_routers_stay(one_device):
 
 def test_two_levels_share_a_byte():
     levels = np.random.default_rng(0).integers(-8, 8, (3, 7), np.int8)
-    held = jax.jit(weight_only.packed)(levels)
+    held = jax.jit(nibbles.packed)(levels)
     assert (held.dtype, held.shape) == (np.uint8, (3, 4))
-    np.testing.assert_array_equal(weight_only.unpacked(held, 7), levels)
+    np.testing.assert_array_equal(nibbles.unpacked(held, 7), levels)
     assert held[0, 0] == (levels[0, 0] & 15) + 16 * (levels[0, 1] & 15)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels import hopper, weight_only
+from model.kernels import hopper, nibbles, weight_only
 from model.kernels import weight_only_hopper as kernel
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11")
@@ -25,7 +25,7 @@ def drawn(R, N, K, bits, group, seed=0):
     levels[1] = 0
     scales = draw.uniform(0.5, 2, (N, K // group) if group else N).astype(np.float32)
     scales[2] *= 1000
-    w = weight_only.packed(jnp.asarray(levels)) if bits == 4 else jnp.asarray(levels)
+    w = nibbles.packed(jnp.asarray(levels)) if bits == 4 else jnp.asarray(levels)
     return jnp.bfloat16(x), w, jnp.asarray(scales), levels
 
 
