@@ -216,8 +216,12 @@ def not_finite(state: Any) -> str:
         def bad(part: jax.Array) -> jax.Array:
             return jnp.sum(~good(offload.fetch(part)), dtype=jnp.int32)
 
+        def stacked(name: str, leaf: Any) -> bool:
+            """Whether layers lie in host memory, perhaps, and not each in its own stage."""
+            return bool(store.STACKED.search(name)) and jax.typeof(leaf).sharding.spec[0] is None
+
         return {  # of stacked layers one at a time, lest all come from the host at once
-            name: jnp.sum(jax.lax.map(bad, leaf)) if store.STACKED.search(name) else bad(leaf)
+            name: jnp.sum(jax.lax.map(bad, leaf)) if stacked(name, leaf) else bad(leaf)
             for name, leaf in floats.items()
         }
 

@@ -1,7 +1,8 @@
 """Watch: ends a run that cannot go on, because another process is lost or a step never ends.
 
 The main thread may wait for ever then, in a collective of a device. So another one ends the
-process, with exit code 4, the stacks of all threads and one line that names who and where.
+process, with exit code 4, the stacks of all threads and one line that names who and where; with
+the code of another process where that is a verdict on the run.
 """
 
 import atexit
@@ -25,6 +26,11 @@ from sharding.cluster.line import GRACE_S, PLACES
 from sharding.cluster.member import Member
 
 READS, COMPUTES = range(len(PLACES))
+# What one process finds of the whole run, so that the same command would find it again.
+VERDICTS = {
+    error.code: error
+    for error in (command.UserError, command.Unhealthy, command.Unsaved, command.Corrupt)
+}
 
 
 class Watch:
@@ -122,15 +128,19 @@ class Watch:
                 f"no step has ended for {self._step_timeout:g} s: still {PLACES[place]} step {step}"
             )
 
-    def _lost(self, why: str) -> None:
-        """End the process; called by other threads than the main one."""
+    def _lost(self, why: str, code: int = 0) -> None:
+        """End the process; called by other threads than the main one. `code`: that of a process
+        that failed."""
         if not self._ending.acquire(blocking=False):
             threading.Event().wait()  # another thread is at it
+        why = " ".join(why.split())
+        if code in VERDICTS:
+            command.leave(VERDICTS[code](why))
         stacks = threading.Thread(target=dump_stacks, daemon=True)  # perhaps nobody reads them
         stacks.start()
         stacks.join(2)
         again = "the same command goes on from the last save"
-        command.leave(command.LostPeer(f"{' '.join(why.split())}; {again}"))
+        command.leave(command.LostPeer(f"{why}; {again}"))
 
 
 def dump_stacks() -> None:

@@ -112,6 +112,11 @@ class Hub:
         self._tell(kind, **values)
         self._over = True
 
+    def _end_of(self, peer: Peer, otherwise: str = "") -> None:
+        """The last word is that of a peer that fails, if it does."""
+        why, code = (peer.failed, peer.failing[1]) if peer.failing else (otherwise, 0)
+        self._end("lost", process=peer.process, why=why, code=code)
+
     def _refuse(self, why: str) -> None:
         """Let nobody begin."""
         self._refusal = time.monotonic(), why
@@ -150,8 +155,7 @@ class Hub:
             self._well = self._well and not peer.ended
             # Who leaves before the start may come again; in the end it is told as missing.
             if self._started and not (self._over or peer.ended):
-                why = peer.failed if peer.failing else gone(str(peer))
-                self._end("lost", process=peer.process, why=why)
+                self._end_of(peer, gone(str(peer)))
 
     def _greet(self, line: Line, hello: dict) -> bool:
         """Make the sender of a hello a peer. False if it cannot be one."""
@@ -226,12 +230,11 @@ class Hub:
         failing = sorted((peer for peer in peers if peer.failing), key=lambda peer: peer.failing)
         if quiet:
             peer = quiet[0]
-            why = silent(str(peer), now - peer.seen)
-            self._end("lost", process=peer.process, why=why)
+            self._end("lost", process=peer.process, why=silent(str(peer), now - peer.seen))
         elif all(peer.failing or peer.ended for peer in peers):
             self._end("over", well=self._well and not failing)
         elif failing and now - failing[0].failing[0] > GRACE_S:
-            self._end("lost", process=failing[0].process, why=failing[0].failed)
+            self._end_of(failing[0])
         elif self._stuck and all(peer.placed > self._stuck[0] for peer in peers):
             self._end("lost", process=-1, why=self._where(self._stuck[1]))
 

@@ -78,12 +78,13 @@ def split(coordinator: str) -> tuple[str, int]:
 
 def meet_all(
     own: Place, run: dict[str, str], *, timeout: float, heartbeat: float,
-    lost: Callable[[str], None],
+    lost: Callable[[str, int], None],
 ) -> tuple[Member, tuple[str, int]]:  # fmt: skip
     """This process as one of the run's, and where JAX's service will listen.
 
     `run` says in parts what the run is, which must be the same in all processes. `lost` is called
-    by another thread when the run cannot go on. ValueError if not all come within `timeout` s.
+    by another thread, as Member says, when the run cannot go on. ValueError if not all come
+    within `timeout` s.
     """
     host, port = split(own.coordinator)
     hub = None

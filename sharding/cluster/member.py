@@ -66,10 +66,10 @@ class Member:
 
     def __init__(
         self, line: Line, process: int, first: str, heartbeat: float, hub: Hub | None,
-        lost: Callable[[str], None],
+        lost: Callable[[str, int], None],
     ):  # fmt: skip
-        """`lost(why)` is called, by this thread, when the run cannot go on; `first` names
-        process 0, which alone has a `hub`."""
+        """`lost(why, code)` is called, by this thread, when the run cannot go on; `code` is that
+        of a process that failed, else 0. `first` names process 0, which alone has a `hub`."""
         self.process = process
         self._line, self._first, self._heartbeat, self._hub = line, first, heartbeat, hub
         self._lost = lost
@@ -81,6 +81,7 @@ class Member:
         self._halt: tuple[int, int] | None = None  # step, number of the signal
         self._over = threading.Event()
         self._well = False
+        self._code = 0  # with which another process failed
         threading.Thread(target=self._run, name="member", daemon=True).start()
 
     def at(self, step: int, place: int) -> None:
@@ -146,7 +147,7 @@ class Member:
         if why and not self._over.is_set():
             self._cut = True
             self.leave()
-            self._lost(why)
+            self._lost(why, self._code)
 
     def _listen(self) -> str:
         """Why the run cannot go on, "" if it is over."""
@@ -194,5 +195,6 @@ class Member:
             case {"kind": "lost", "process": self.process, "why": str(why)}:
                 return f"the other processes have given this one up: {why}"
             case {"kind": "lost", "why": str(why)}:
+                self._code = int(message.get("code", 0))
                 return why
         return ""

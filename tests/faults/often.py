@@ -1,8 +1,10 @@
 """How often, and at which moments, faults come: FAULTS_SEED=N for other ones, FAULTS_NIGHTLY=1 for
-many of them."""
+many of them. How soon a run must have answered."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,3 +23,21 @@ def sometimes(values: Sequence[Any]) -> list[Any]:
     """The values of a parametrized test that only the nightly run takes."""
     several = [value if isinstance(value, tuple) else (value,) for value in values]
     return [pytest.param(*value, marks=nightly) for value in several]
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """What is done inside takes no longer than this on a machine that does nothing else; as many
+    times longer as any work takes on one that does."""
+    before, start = crowd(), time.monotonic()
+    yield
+    took = time.monotonic() - start
+    assert took < seconds * max(before, crowd())
+
+
+def crowd() -> float:
+    """How many times longer than alone a process needs here for its work."""
+    start, own = time.monotonic(), time.process_time()
+    while time.process_time() - own < 0.1:
+        pass
+    return max((time.monotonic() - start) / 0.1, 1.0)

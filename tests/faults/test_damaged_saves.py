@@ -4,13 +4,17 @@ import json
 import os
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from checkpoint.store import Saved, Store
+from sharding import mesh as meshes
+from sharding.mesh import MeshConfig
 from tests.marks import mostly_slow
+from training.origin import not_finite
 
 
 @pytest.fixture
@@ -181,6 +185,18 @@ def test_restore_of_another_run_takes_its_newest_good_step_and_says_so(
     assert re.search(rf"(?m)^bad save   step 1[02]: .*{why}", ended.out)
     assert "restored   step 8" in ended.out and ended.state(12) == finished.state(12)
     assert sorted(run.rglob("*")) == before  # another's folder stays as it is
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_layers_of_two_stages_are_looked_at_where_they_lie(value):
+    layers = np.ones((4, 3), np.float32)
+    layers[3, 1] = value
+    with jax.set_mesh(
+        meshes.make(MeshConfig(stage=2, data=1, fsdp=1, tensor=1), jax.devices()[:2])
+    ):
+        layers = jax.device_put(layers, jax.P("stage"))
+        found = not_finite(types.SimpleNamespace(params={"blocks": {"up": layers}}, opt_state={}))
+    assert bool(found) == np.isnan(value) and (not found or "params.blocks.up has 1 value" in found)
 
 
 def test_without_the_manifest_a_flipped_bit_would_be_read_as_a_weight(run):

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from monitor.goodput import PARTS
 from tests.faults.often import SEED, times
-from tests.training.conftest import Ended, Process, starting
+from tests.training.conftest import PATIENCE, Ended, Process, starting
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def lived(process: Process, run: Ended, out: str) -> Life:
 def killed(process: Process, at: int | None, delay: float) -> str:
     """Kill it `delay` seconds after the line of a step, or after its start; what it printed."""
     lines = []
-    late = threading.Timer(120, process.kill)
+    late = threading.Timer(PATIENCE, process.kill)
     late.start()
     for line in process.stdout if at is not None else ():
         lines.append(line)
@@ -88,7 +88,7 @@ def undisturbed(recipe, compiled, tmp_path_factory) -> Lives:
     run, since = Ended(0, "", "", [], folder / "run"), time.time()
     with starting(recipe, compiled, folder) as start:
         process = start(run.workdir, *ARGS)
-        code, out, _ = process.end(120)
+        code, out, _ = process.end()
     return Lives(run, [lived(process, run, out)], since, code)
 
 
@@ -106,7 +106,7 @@ def disturbed(recipe, compiled, tmp_path_factory) -> Lives:
             lives.append(lived(process, run, out))
         time.sleep(1)
         process = start(run.workdir, *ARGS)
-        code, out, err = process.end(120)
+        code, out, err = process.end()
         assert code == 0, err
         lives.append(lived(process, run, out))
     return Lives(run, lives, since, code)

@@ -36,16 +36,17 @@ class Group:
         port = free_port()
         self.hub = Hub(port, count, heartbeat, SOON)
         self.lost: dict[int, str] = {}
+        self.codes: dict[int, int] = {}
         self.members: dict[int, Member] = {}
 
         def come(process: int):
             line, start = meet(("127.0.0.1", port), count, process, RUN, SOON)
             own = self.hub if process == 0 else None
-            lost = self.lost
-            self.members[process] = Member(
-                line, process, start["first"], heartbeat, own,
-                lambda why: lost.__setitem__(process, why),
-            )  # fmt: skip
+
+            def lost(why: str, code: int):
+                self.codes[process], self.lost[process] = code, why
+
+            self.members[process] = Member(line, process, start["first"], heartbeat, own, lost)
 
         together([lambda k=k: come(k) for k in range(count)])
 
@@ -210,12 +211,17 @@ def test_a_silent_process_is_lost_after_the_heartbeat_and_not_before(group, monk
     assert made.hear(2)[0].startswith("the other processes have given this one up")
 
 
-def test_a_process_with_an_error_of_its_own_is_named_with_it(group):
+@pytest.mark.parametrize("leaves", [False, True], ids=["waits", "is gone before"])
+def test_a_process_with_an_error_of_its_own_is_named_with_it(group, monkeypatch, leaves):
+    monkeypatch.setattr(hub, "GRACE_S", SOON if leaves else 0.3)
     made = group(3)
-    made.members[1].fail(2, "data: no file book.txt")
+    made.members[1].fail(3, "steps 4 to 9 were skipped")
+    if leaves:
+        made.members[1].leave()
     for told in made.hear(0, 2):
-        assert "process 1 (pid " in told and "ended with code 2: data: no file book.txt" in told
+        assert "process 1 (pid " in told and "ended with code 3: steps 4 to 9 were" in told
     assert 1 not in made.lost  # it ends with its own
+    assert made.codes == {0: 3, 2: 3}
 
 
 def test_an_error_that_all_have_is_nobodys_and_waits_for_nobody(group, monkeypatch):
@@ -234,6 +240,7 @@ def test_the_error_that_a_lost_process_causes_is_not_taken_for_the_cause(group):
     made.members[1]._line._socket.shutdown(socket.SHUT_RDWR)
     for told in made.hear(0, 2):
         assert "process 1 (pid " in told and "is gone" in told
+    assert made.codes[0] == made.codes[2] == 0
     failing.join(0.3)  # it would end the process with a code of its own, before the loss is told
     assert failing.is_alive()
 

@@ -53,6 +53,7 @@ def get_config() -> Run:
 '''
 
 
+PATIENCE = 240  # seconds for what takes ten on a machine that does nothing else
 NO_SAMPLE = "--config.sample.tokens=0"  # whose programs take long to make
 
 
@@ -199,6 +200,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 
 import train
 from configs import command
@@ -228,6 +230,10 @@ class Noted(Loader):
             open(folder, "w").close()
         return batch
 
+    def __exit__(self, *error):
+        time.sleep(float(os.environ.get("LINGER", "0")))
+        super().__exit__(*error)
+
 
 if __name__ == "__main__":
     text.Loader = Noted
@@ -245,7 +251,7 @@ class Process(subprocess.Popen):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    def end(self, timeout: float = 60) -> tuple[int, str, str]:
+    def end(self, timeout: float = PATIENCE) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
         try:
             out, err = self.communicate(timeout=timeout)
@@ -255,7 +261,7 @@ class Process(subprocess.Popen):
             pytest.fail(f"still running after {timeout} s\n{out}\n{err}")
         return self.returncode, out, err
 
-    def wait_for(self, pattern: str, timeout: float = 120) -> None:
+    def wait_for(self, pattern: str, timeout: float = PATIENCE) -> None:
         """Read stdout up to a line that begins so."""
         late = threading.Timer(timeout, self.kill)
         late.start()

@@ -12,7 +12,6 @@ from tests.tolerance import SAME
 from tests.training.conftest import NO_SAMPLE, Ended
 
 slow = pytest.mark.slow
-PATIENCE = 240  # seconds for what takes ten on a machine that does nothing else
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def run(tmp_path) -> Ended:
 
 def all_end(processes, code: int = 0) -> list[tuple[str, str]]:
     """(stdout, stderr) of each, once they have ended with `code`."""
-    ends = [process.end(PATIENCE) for process in processes]
+    ends = [process.end() for process in processes]
     assert [end[0] for end in ends] == [code] * len(ends), ends
     assert not any("Traceback" in err for _, _, err in ends), ends
     return [(out, err) for _, out, err in ends]
@@ -42,7 +41,7 @@ def test_ctrl_c_saves_and_ends_with_its_code(start, run):
     process = start(run.workdir, "--config.steps=1000000", "--config.checkpoint.every=0")
     process.wait_for(r"step +4/")
     process.send_signal(signal.SIGINT)
-    code, _, err = process.end(PATIENCE)
+    code, _, err = process.end()
     assert code == 130, err
     step = re.search(r"stopped by SIGINT, step (\d+) saved; the same command goes on", err)[1]
     assert run.steps_saved() == [int(step)] and int(step) >= 4
@@ -52,7 +51,7 @@ def test_ctrl_c_saves_and_ends_with_its_code(start, run):
 @slow
 def test_a_checkpoints_folder_that_vanishes_is_not_taken_for_saved(start, run):
     process = start(run.workdir, SPOIL_AT="6")
-    code, out, err = process.end(PATIENCE)
+    code, out, err = process.end()
     assert code == 5, err
     assert "is not saved" in out and "step 12 could not be saved" in err
 
