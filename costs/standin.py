@@ -60,7 +60,12 @@ def attend(
     if kernels == "plain" or reason not in ("", cudnn.AHEAD):
         how = {"causal": causal, "softcap": softcap, "scale": scale, "window": window}
         return attention.plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
-    return _fused(q_BTKGH, k_BTKH, v_BTKH, segments_BT, (window, causal))
+    if platform == "gpu":
+        return _fused(q_BTKGH, k_BTKH, v_BTKH, segments_BT, (window, causal))
+    # Beside a TPU's kernel heads lie in memory as whole registers.
+    head, more = q_BTKGH.shape[-1], -q_BTKGH.shape[-1] % splash.LANES
+    wide = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]) for a in (q_BTKGH, k_BTKH, v_BTKH))
+    return _fused(*wide, segments_BT, (window, causal))[..., :head]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

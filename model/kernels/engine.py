@@ -56,7 +56,7 @@ def block(
     """For the blocks of rows of at most so many documents, 0: any; `causal` is that of whole rows.
 
     On a GPU by cuDNN those blocks that it has a mask for, unless `kernels` is "plain"; why not the
-    others is logged once.
+    others, and none on a TPU, is logged once.
     """
 
     def engine(q_BTKGH: jax.Array, kind: dict) -> tuple[Any, dict]:
@@ -67,6 +67,8 @@ def block(
             if not reason:
                 return cudnn_blocks, {"documents": documents, "scale": scale, **kind}
             tell("plain blocks of attention", reason)
+        if platform() == "tpu" and kernels == "fastest":
+            tell("plain blocks of attention", "splash computes whole rows only")
         return blocks, {"softcap": softcap, "scale": scale, **kind}
 
     def forward(q_BTKGH: jax.Array, *args: jax.Array, **kind: Any) -> tuple:
