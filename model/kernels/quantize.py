@@ -55,9 +55,9 @@ def both(
     x_RK: jax.Array,
     forms: tuple[str, str],
     largest: tuple[jax.Array, jax.Array],
-    times: jax.Array | None = None,
+    times: tuple[jax.Array | None, jax.Array | None] = (None, None),
 ) -> tuple[tuple[jax.Array, jax.Array] | None, tuple[jax.Array, jax.Array]]:
-    """(`rows` of x times `times`, `columns` of x), of forms and magnitudes for each.
+    """(`rows` of x, `columns` of x), of forms, magnitudes and `times` [K], [R] for each.
 
     No rows if the first form is "". On a Hopper GPU x is read once.
     """
@@ -69,14 +69,14 @@ def both(
                 scales, inverse = scales_of(own, name) if name else (None, None)
                 every.append(scales)
                 levels.append(inverse)
-            rows_of = hopper_round.Levels(form, levels[0], times) if form else None
+            rows_of = hopper_round.Levels(form, levels[0], times[0]) if form else None
             by_row, by_column = hopper_round.both(
-                x_RK, rows_of, hopper_round.Levels(turned, None, levels[1])
+                x_RK, rows_of, hopper_round.Levels(turned, times[1], levels[1])
             )
             return (by_row, every[0]) if form else None, (by_column, every[1])
         engine.tell("transposed and rounded by XLA", reason)
-    by_row = rows(x_RK, form=form, largest=largest[0], times=times) if form else None
-    return by_row, columns(x_RK, form=turned, largest=largest[1])
+    by_row = rows(x_RK, form=form, largest=largest[0], times=times[0]) if form else None
+    return by_row, columns(x_RK, form=turned, largest=largest[1], times=times[1])
 
 
 def scales_of(largest: jax.Array, form: str) -> tuple[jax.Array, jax.Array]:

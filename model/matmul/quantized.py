@@ -9,8 +9,10 @@ are of numbers on one device, so for them this holds where a group divides a dev
 - dgrad: the weight that the forward pass saw. dx = dy w = (dy s_w) w8: the weight's scales belong
   to the contracted dim here, so they go to dy before that is rounded, by token. Only where forward
   and dgrad have other formats, or groups, the weight is rounded again, by input.
-- wgrad: dy and x by channel, over a group of tokens each, as one scale for all tokens would have
-  to cover the largest of them.
+- wgrad: dy and x by channel, over all tokens or groups of them. Gradients of tokens differ by
+  orders of magnitude, and small ones would be rounded to nothing on a scale for the largest. So
+  each token's are divided by the root of their magnitude m, and x is multiplied by it, which leaves
+  dy' x as it is: of the range of m, each of the two has to cover the root.
 
 Gradients pass through the rounding as if there was none (straight-through estimate, Bengio et al.
 2013, arXiv:1308.3432). 8-bit training with dynamic scales: Xi et al. 2024, arXiv:2403.12422.
@@ -24,17 +26,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from model.matmul.plan import Plan
 from model.matmul.rounded import (
     OF_VALUES,
+    Columns,
     Operand,
     Rounded,
     Rounding,
     block_of,
     multiplied,
     of_gradients,
+    roots,
     tokens_together,
     turned,
     turned_back,
@@ -64,6 +69,16 @@ class Way(NamedTuple):
         for dim, axes in plan.scatters:
             out[dim] = (*axes_of(out[dim]), *axes)
         return cls(plan, passes, inputs, batch, w.partitions, jax.P(*out))
+
+    @property
+    def back(self) -> tuple[Format, bool]:
+        """(of dgrad's weight, whether that is rounded by input, with scales of its own)."""
+        form, seen = Format.parse(self.passes.dgrad), Format.parse(self.passes.forward)
+        if form.exact:
+            return seen, False
+        saw = form if seen.exact else seen
+        turns = bool(form.group or saw.group or form.fp8 != saw.fp8)
+        return form if turns else saw, turns
 
     @property
     def outer(self) -> tuple:
@@ -144,8 +159,13 @@ def _backward(
     x, form = together(x, way.plan.gathers), Format.parse(way.passes.wgrad)
     x_RI = matrix(x, way.inputs)
     dys_RO = [together(dy, way.plan.scatters).reshape(len(x_RI), -1) for dy in dys]
+    saw = [dgrad_weight(way, w, x.dtype) for w in ws]
     of_x, of_dy = wgrad_roundings(way, form, x.shape[-way.inputs - 1], len(x_RI))
-    pairs = [dgrad(way, dy_RO, w, of_dy) for dy_RO, w in zip(dys_RO, ws, strict=True)]
+    if form.kind == "int8":
+        each = [of_tokens(way, dy_RO, w) for dy_RO, w in zip(dys_RO, saw, strict=True)]
+        root_R, inverse_R = roots(functools.reduce(jnp.maximum, each))
+        of_x, of_dy = of_x._replace(times_R=root_R), of_dy._replace(times_R=inverse_R)
+    pairs = [dgrad(way, dy_RO, w, of_dy) for dy_RO, w in zip(dys_RO, saw, strict=True)]
     dx_RI = sum(dx_RI for dx_RI, _ in pairs)
     dx = summed(dx_RI.reshape(x.shape), way.left(way.outer), way.plan.gathers)
     xT_IR = turned(x_RI, of_x)
@@ -162,7 +182,7 @@ def _backward(
 
 def wgrad_roundings(
     way: Way, form: Format, tokens: int, rows: int
-) -> tuple[Rounding | None, Rounding | None]:
+) -> tuple[Columns | None, Columns | None]:
     """How x and dy are rounded, of rows of so many tokens: by channel, or all of fp8 alike."""
     if form.exact:
         return None, None
@@ -170,24 +190,36 @@ def wgrad_roundings(
     over = () if form.group else way.plan.rows  # a device may have one group of tokens only
     of_x = Rounding(OF_VALUES[form.kind], block, over)
     of_dy = of_gradients(form, way.passes, block, over)
-    if not form.fp8 or form.group:
-        return of_x, of_dy
-    return of_x._replace(alike=way.left(way.inner)), of_dy._replace(alike=way.left(way.outer))
+    if form.fp8 and not form.group:
+        of_x = of_x._replace(alike=way.left(way.inner))
+        of_dy = of_dy._replace(alike=way.left(way.outer))
+    return Columns(of_x), Columns(of_dy)
+
+
+def dgrad_weight(way: Way, w: jax.Array, dtype: jax.typing.DTypeLike) -> Operand:
+    """What dgrad multiplies by: a weight as the forward pass saw it [O, I], or turned [I, O]."""
+    form, turns = way.back
+    return weight_turned(way, w, form) if turns else weight(way, w, form, dtype)
 
 
 def dgrad(
-    way: Way, dy_RO: jax.Array, w: jax.Array, wgrad: Rounding | None
+    way: Way, dy_RO: jax.Array, saw: Operand, wgrad: Columns | None
 ) -> tuple[jax.Array, Operand]:
-    """([R, I]: dy times the weight that the forward pass saw; [O, R]: dy as `wgrad` has it)."""
-    form, seen = Format.parse(way.passes.dgrad), Format.parse(way.passes.forward)
-    rounding = of_gradients(form, way.passes, over=way.left(way.outer))
-    saw = form if seen.exact else seen
-    if rounding is None or not (form.group or saw.group or form.fp8 != saw.fp8):
-        w_OI = weight(way, w, seen if rounding is None else saw, dy_RO.dtype)
-        return turned_back(dy_RO, w_OI, rounding, wgrad)
-    wT_IO = weight_turned(way, w, form)
-    by_token = rounding._replace(block=wT_IO.block).by_row(dy_RO)
-    return multiplied(by_token, wT_IO, dy_RO.dtype), turned(dy_RO, wgrad)
+    """([R, I]: dy times the weight that dgrad sees; [O, R]: dy as `wgrad` has it)."""
+    rounding = of_gradients(Format.parse(way.passes.dgrad), way.passes, over=way.left(way.outer))
+    if not way.back[1]:
+        return turned_back(dy_RO, saw, rounding, wgrad)
+    by_token = rounding._replace(block=saw.block).by_row(dy_RO)
+    return multiplied(by_token, saw, dy_RO.dtype), turned(dy_RO, wgrad)
+
+
+def of_tokens(way: Way, dy_RO: jax.Array, saw: Operand) -> jax.Array:
+    """[R]: the largest magnitude of each token's gradient, where dgrad has it in dgrad's way."""
+    over = way.left(way.outer)
+    rounding = of_gradients(Format.parse(way.passes.dgrad), way.passes, over=over)
+    if rounding is None or way.back[1]:
+        return Rounding("int8", over=over).largest(dy_RO)
+    return rounding.largest(dy_RO, saw.scales)
 
 
 def matrix(x: jax.Array, inputs: int) -> jax.Array:

@@ -46,11 +46,12 @@ class Rounding(NamedTuple):
         how = {"form": self.form, "block": self.block, "stochastic": self.stochastic}
         return Rounded(*quantize.rows(x_RK, largest=largest, times=times, **how), self.block)
 
-    def by_column(self, x_KR: jax.Array) -> Rounded:
-        """[R, K], of x transposed."""
+    def by_column(self, x_KR: jax.Array, times: jax.Array | None = None) -> Rounded:
+        """[R, K], of x transposed; each row of x multiplied by its own of `times` before."""
         if self.block or self.stochastic:
-            return self.by_row(x_KR.T)
-        _, turned = quantize.both(x_KR, ("", self.form), (None, self.largest(x_KR.T)))
+            return self.by_row(x_KR.T, times)
+        largest = self.largest(x_KR.T, times)
+        _, turned = quantize.both(x_KR, ("", self.form), (None, largest), (None, times))
         return Rounded(*turned)
 
     def largest(self, x_RK: jax.Array, times: jax.Array | None = None) -> jax.Array:
@@ -64,14 +65,22 @@ class Rounding(NamedTuple):
         return lax.pmax(largest_R, over) if over else largest_R
 
 
+class Columns(NamedTuple):
+    """How a matrix is rounded by column."""
+
+    rounding: Rounding
+    times_R: jax.Array | None = None  # what its rows are multiplied by before
+
+
 def both(
-    x_RK: jax.Array, rows: Rounding, columns: Rounding, times: jax.Array
+    x_RK: jax.Array, rows: Rounding, columns: Columns, times: jax.Array
 ) -> tuple[Rounded, Rounded]:
     """(x by row, each column multiplied by its own of `times` before; x by column)."""
-    if rows.block or columns.block or rows.stochastic or columns.stochastic:
-        return rows.by_row(x_RK, times), columns.by_column(x_RK)
-    largest = rows.largest(x_RK, times), columns.largest(x_RK.T)
-    each = quantize.both(x_RK, (rows.form, columns.form), largest, times)
+    by_column, times = columns.rounding, (times, columns.times_R)
+    if rows.block or by_column.block or rows.stochastic or by_column.stochastic:
+        return rows.by_row(x_RK, times[0]), by_column.by_column(x_RK, times[1])
+    largest = rows.largest(x_RK, times[0]), by_column.largest(x_RK.T, times[1])
+    each = quantize.both(x_RK, (rows.form, by_column.form), largest, times)
     return tuple(Rounded(*one) for one in each)
 
 
@@ -82,8 +91,14 @@ def of_gradients(form: Format, passes: Passes, block: int = 0, over: Axes = ()) 
     return Rounding(OF_GRADIENTS[form.kind], block, over, passes.rounding == "stochastic")
 
 
+def roots(largest_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the square root, one over it), both nothing of nothing: such a token has no gradient."""
+    root_R = jnp.sqrt(largest_R)
+    return root_R, jnp.where(root_R > 0, 1 / root_R, 0)
+
+
 def turned_back(
-    dy_RN: jax.Array, w_NK: Operand, rounding: Rounding | None, wgrad: Rounding | None = None
+    dy_RN: jax.Array, w_NK: Operand, rounding: Rounding | None, wgrad: Columns | None = None
 ) -> tuple[jax.Array, Operand]:
     """([R, K]: dy w, of a weight with scales of its outputs, one each if dy is rounded;
     [N, R]: dy transposed, as `wgrad` has it).
@@ -101,9 +116,9 @@ def turned_back(
     return multiplied(by_token, Rounded(w_NK.values.T, ones_K), dy_RN.dtype), dyT_NR
 
 
-def turned(x_RK: jax.Array, rounding: Rounding | None) -> Operand:
+def turned(x_RK: jax.Array, how: Columns | None) -> Operand:
     """[K, R]: x transposed, and rounded if it is to be."""
-    return x_RK.T if rounding is None else rounding.by_column(x_RK)
+    return x_RK.T if how is None else how.rounding.by_column(x_RK, how.times_R)
 
 
 def multiplied(x_RK: Operand, w_NK: Operand, dtype: jax.typing.DTypeLike) -> jax.Array:
