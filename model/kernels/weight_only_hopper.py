@@ -55,8 +55,8 @@ def why_not(x_RK: jax.Array, w_NB: jax.Array, group: int = 0) -> str:
         return f"{R} rows; the kernel is for {MOST} at most"
     if K % PART or len(w_NB) % 8:
         return f"{len(w_NB)} outputs of {K}; the kernel needs multiples of 8 and {PART}"
-    if group and (group % PART or group & (group - 1) or K % group or K // group > 256):
-        return f"groups of {group} of {K}: the kernel needs powers of two, {PART} at least"
+    if group and (group != PART or K % group or K // group > 256):
+        return f"groups of {group} of {K}: the kernel has run with groups of {PART}"
     return ""
 
 
@@ -72,6 +72,9 @@ def matmul(
 
     w is int8 [N, K], or uint8 [N, K / 2] as `nibbles.packed` makes it. Sums in float32.
     """
+    R = len(x_RK)
+    if R > 8:  # what is copied is one part of 8 rows, or whole parts
+        x_RK = jnp.pad(x_RK, ((0, -R % 8), (0, 0)))
     product = Product(*x_RK.shape, len(w_NB), bits_of(w_NB), group, tile)
     if group:
         sw = jnp.pad(sw, ((0, 0), (0, -sw.shape[1] % 4)))  # what is copied is lines of 16 bytes
@@ -91,7 +94,7 @@ def matmul(
         cluster_names=("split",),
         scratch_types=product.scratch(),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x_RK, w_NB, sw)
+    )(x_RK, w_NB, sw)[:R]
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ class Product:
 
     @property
     def groups(self) -> int:
-        """Groups of a block, and as many more as make lines of 16 bytes."""
-        return -(-(self.own * self.depth // self.group + 1) // 4) * 4
+        """Groups of a block, and as many more as make lines of 16 bytes, from any on."""
+        return -(-(self.own * self.depth // self.group + 4) // 4) * 4
 
     def scratch(self) -> dict:
         """What lies in shared memory beside the slices."""
@@ -152,7 +155,7 @@ class Product:
         at_N = pl.ds(lax.axis_index("outputs") * outputs, outputs)
         if self.group:
             first = split * self.own * self.depth // self.group
-            columns = pl.ds(first, self.groups)
+            columns = pl.ds(first // 4 * 4, self.groups)  # elsewhere a copy cannot begin
             plgpu.copy_gmem_to_smem(sw_hbm.at[at_N, columns], scales["scales"], scales["scaled"])
         y = self.products(x_hbm, w_hbm, at_N, split, **scales)
         if parts is not None:
@@ -196,6 +199,7 @@ class Product:
         if not self.group:
             return pl.run_scoped(whole, plgpu.ACC(shape))
         plgpu.barrier_wait(scaled)
+        before = split * self.own * self.depth // self.group % 4  # groups of other blocks
         wide = min(self.group, self.depth)
 
         def multiply_groups(indices, x_smem, w_smem, total):
@@ -209,7 +213,7 @@ class Product:
                     return sum_ref[...]
 
                 sums = pl.run_scoped(multiply, plgpu.ACC(shape))
-                at = (indices[0] * self.depth + first) // self.group
+                at = (indices[0] * self.depth + first) // self.group + before
                 by_row = plgpu.load(scales.at[:, at], layout=ROW, optimized=False)
                 total += sums * lax.broadcast_in_dim(by_row, shape, (0,))
             return total

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.matmul.rounded import EXACT, OF_VALUES, Rounding, of_gradients
+from model.matmul.rounded import EXACT, OF_VALUES, Rounding, of_gradients, roots
 from model.precision import Format, Passes
 from sharding.gather import Axes
 
@@ -83,8 +83,9 @@ def _rounded_bwd(passes, inner, outer, residuals, dy_MN):
         dy8_MN, sdy_M, _ = of_gradients(dgrad, passes, over=outer).by_row(scaled_MN)
         dx_MK = sums(dy8_MN, jnp.swapaxes(w8_ENK, 1, 2), counts_E) * sdy_M[:, None]
     if not wgrad.exact and len(x_MK) <= EXACT:
-        dyT_NM, sdy_N, _ = of_gradients(wgrad, passes).by_column(dy_MN)
-        xT_KM, sx_K, _ = Rounding(OF_VALUES[wgrad.kind]).by_column(x_MK)
+        root_M, inverse_M = roots(Rounding("int8", over=outer).largest(dy_MN))
+        dyT_NM, sdy_N, _ = of_gradients(wgrad, passes).by_column(dy_MN, inverse_M)
+        xT_KM, sx_K, _ = Rounding(OF_VALUES[wgrad.kind]).by_column(x_MK, root_M)
         dw_ENK = sums(dyT_NM.T, xT_KM.T, counts_E, BY_ROWS)
         dw_ENK = dw_ENK * sdy_N[None, :, None] * sx_K[None, None]
     return dx_MK.astype(x_MK.dtype), dw_ENK.astype(w_ENK.dtype), None
