@@ -3,11 +3,11 @@
 python -m tools.bench matmul --config=configs/llama.py:1B-80GB
 
 Each weight of a layer meets as many tokens as a step of the recipe has, the head's a chunk: in the
-compute dtype and rounded to each format, in each pass, its rounding included. Printed: TFLOP/s, the
-ratio to the compute dtype, the error, as the norm of the difference from the product in float32
-over the norm of that; then a few tokens, where the weight's bytes count, as a share of the rate of
-a copy; and torch's own 8-bit products, where torch is installed. Random numbers. The last line is
-one JSON object.
+compute dtype and rounded to each format, in each pass, its rounding included. Printed, weight by
+weight: TFLOP/s, the ratio to the compute dtype, the error, as the norm of the difference from the
+product in float32 over the norm of that; then a few tokens, where the weight's bytes count, as a
+share of the rate of a copy; and torch's own 8-bit products, where torch is installed. Random
+numbers. The last line is one JSON object.
 """
 
 import functools
@@ -84,17 +84,20 @@ def work(kind: str, form: str) -> Callable[..., jax.Array]:
 
 
 def exact(kind: str, x: jax.Array, w: jax.Array, dy: jax.Array) -> jax.Array:
-    """What `work` computes, in float32."""
-    x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
+    """What `work` computes, in float32: products of bfloat16 are exact in it."""
     pairs = {"forward": (x, w.T), "dgrad": (dy, w), "wgrad": (dy.T, x)}
-    return jnp.matmul(*pairs[kind], precision=lax.Precision.HIGHEST)
+    highest = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(*pairs[kind], precision=highest, preferred_element_type=jnp.float32)
 
 
 def drawn(key: int, *size: int, dtype: str) -> jax.Array:
     """Random numbers, made on the device."""
-    return jax.jit(
-        lambda: jax.random.normal(jax.random.key(key, impl="rbg"), size, jnp.float32).astype(dtype)
-    )()
+    return _normal(jax.random.key(key, impl="rbg"), size, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key: jax.Array, size: tuple[int, ...], dtype: str) -> jax.Array:
+    return jax.random.normal(key, size, jnp.float32).astype(dtype)
 
 
 def of_many(shape: Shape, dtype: str) -> list[dict[str, Any]]:
@@ -179,13 +182,14 @@ def apart(ours: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.linalg.norm(ours.astype(jnp.float32) - right) / jnp.linalg.norm(right)
 
 
-def table(console: Console, rows: list[dict[str, Any]], **shown: str) -> None:
-    """Rows of figures under their names; of each what `shown` formats."""
+def table(console: Console, rows: list[dict[str, Any]], **shown: str) -> list[dict[str, Any]]:
+    """Rows of figures, printed under their names; of each what `shown` formats."""
     names = [name for name in rows[0] if name in shown]
     made = Table(*names, box=None)
     for row in rows:
         made.add_row(*(format(row[name], shown[name]) for name in names))
     console.print(made)
+    return rows
 
 
 def main(run: Run) -> int:
@@ -198,18 +202,21 @@ def main(run: Run) -> int:
     tokens = FLAGS.tokens or run.data.batch * run.data.seq // run.optim.accumulate
     console, dtype, copy = Console(width=120), run.model.dtype, rates.copy_rate()
     words = {"weight": "", "pass": "", "format": "", "tokens": "d"}
+    every = shapes(run.model, tokens)
+    up = next(each for each in every if each.name == "up")
+    many, few, torch = [], [], []
     with jax.set_mesh(meshes.make(meshes.MeshConfig(), jax.local_devices()[:1])):
-        every = shapes(run.model, tokens)
-        many = [row for each in every for row in of_many(each, dtype)]
-        up = next(each for each in every if each.name == "up")
-        few = [row for count in FEW for row in of_few(up, count, dtype, copy)]
-    table(console, many, **words, tflops=".1f", ratio=".2f", error=".1e", compile_s=".1f")
-    console.print(f"\nfew tokens; a copy moves {copy / 1e9:,.0f} GB/s")
-    table(console, few, **words, gb_per_s=",.0f", share_of_copy=".0%", error=".1e")
-    torch = [row for each in every for row in of_torch(each)]
-    if torch:
-        console.print("\ntorch, of operands that are rounded")
-        table(console, torch, **words, tflops=".1f")
+        for each in every:
+            figures = {"tflops": ".1f", "ratio": ".2f", "error": ".1e", "compile_s": ".1f"}
+            many += table(console, of_many(each, dtype), **words, **figures)
+        console.print(f"\nfew tokens; a copy moves {copy / 1e9:,.0f} GB/s")
+        for count in FEW:
+            figures = {"gb_per_s": ",.0f", "share_of_copy": ".0%", "error": ".1e"}
+            few += table(console, of_few(up, count, dtype, copy), **words, **figures)
+    for each in every:
+        if rows := of_torch(each):
+            console.print("\ntorch, of operands that are rounded" if not torch else "")
+            torch += table(console, rows, **words, tflops=".1f")
     kind = jax.local_devices()[0].device_kind
     found = {"recipe": run.name, "device": kind, "tokens": tokens, "copy_gb_per_s": copy / 1e9}
     line = json.dumps(found | {"many": many, "few": few, "torch": torch})
