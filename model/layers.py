@@ -14,8 +14,9 @@ from flax import nnx
 from jax import lax
 
 from model import config
+from model.kernels.lookup import lookup
 from model.matmul import einsum, einsums
-from model.matmul.stored import QArray, lies, rows_of
+from model.matmul.stored import QArray, lies
 from model.precision import BF16, Passes
 from sharding import stages
 from sharding.gather import axes_of, varying, without
@@ -202,9 +203,7 @@ class Embedding(nnx.Module):
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
             table_vd = jax.tree.map(varying, table_vd)
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
-            # In float32, since the gradient sums all rows of a token: in bfloat16 a sum of hundreds
-            # would stop growing.
-            x_BTd = rows_of(table_vd, own).astype(dtype)
+            x_BTd = lookup(table_vd, own, dtype)
             x_BTd = lax.psum(x_BTd, summed) if summed else x_BTd
             if apart:
                 x_BTd = lax.psum_scatter(x_BTd, apart, scatter_dimension=1, tiled=True)

@@ -163,7 +163,7 @@ class MoeMlp(nnx.Module):
         counts_E = jnp.bincount(expert_NA.reshape(-1), length=E + 1)[:E].astype(jnp.int32)
         pair = jnp.arange(N * A, dtype=jnp.int32)
         here = pair < jnp.sum(counts_E)
-        places = jnp.zeros_like(pair).at[order].set(jnp.where(here, pair, M))
+        places = jnp.zeros_like(pair).at[order].set(jnp.where(here, pair, M), unique_indices=True)
         rows = Copies(jnp.where(here, order // A, N)[:M], places.reshape(N, A))
         of_M = jnp.where(here, order, N * A)[:M]
         weight_M = weight_NA.reshape(-1).at[of_M].get(mode="fill", fill_value=0)

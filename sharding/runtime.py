@@ -13,6 +13,11 @@ from pathlib import Path
 import jax
 
 SHARE = "0.93"  # the rest is for CUDA's own context and for libraries
+SAME_BITS = (
+    "--xla_gpu_deterministic_ops=true",
+    "--xla_gpu_exclude_nondeterministic_ops=true",
+    "--xla_gpu_enable_triton_gemm=false",
+)
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc
 
 
@@ -67,12 +72,22 @@ def compile_quickly() -> None:
 def deterministic() -> None:
     """Have XLA make programs for GPUs that give the same bits whenever they run.
 
-    Asked of the whole process, before JAX finds its devices. Operations that add in any order
-    (scatters, the backward of cuDNN attention) are exchanged for others, and no kernel is chosen by
-    timing it, which could choose another next time. On CPU it is so anyway.
+    Asked of the whole process, before JAX finds its devices. No operation adds in an order that the
+    moment decides, the backward of cuDNN's attention included, and no kernel is chosen by timing
+    it, which could choose another next time, nor because an earlier process timed it. Matmuls go to
+    cuBLAS, which chooses well without timing; Triton takes its first tiles, which are small. NCCL
+    leaves its sums to no switch. On CPU the same bits come anyway.
     """
-    words = (os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true")
-    os.environ["XLA_FLAGS"] = " ".join(words).strip()
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *SAME_BITS)).strip()
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
+
+
+def same_bits() -> bool:
+    """Whether XLA was asked for it, by `deterministic` or in the user's shell."""
+    option, _, _ = SAME_BITS[0].partition("=")
+    words = [word for word in os.environ.get("XLA_FLAGS", "").split() if word.startswith(option)]
+    return bool(words) and words[-1] in (option, SAME_BITS[0])
 
 
 def keep_programs(folder: Path) -> None:

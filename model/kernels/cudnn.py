@@ -6,16 +6,24 @@ a backward pass keeps; what it is made of does. This is the one file that import
 Shapes: B rows, T tokens, K kv heads, G query heads per kv head, H head size, M documents of a row.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from sharding import runtime
 
 try:
     from jax._src.cudnn import fused_attention_stablehlo as sdpa
 except ImportError:  # a later JAX may move it: then the plain attention serves
     sdpa = None
 
+# Bytes that the backward may take at once where XLA is asked for the same bits each time: two for
+# each head and pair of a row's tokens, as often as the row may have documents.
+WORKSPACE = 1 << 29
 AHEAD = "cuDNN attention does not compile ahead of time"
 PRIMITIVE = "dot_product_attention_fwd"  # its outputs are the attention and the log-sum-exp
 
@@ -55,19 +63,43 @@ def attention(
     `documents` is the most that a row has, padding at its end aside. Memory: the output and one
     number for each token and head.
     """
-    rows, tokens = segments_BT.shape
+    B, T, K, G, _ = q_BTKGH.shape
+    spans_of_row = documents + 1 if documents > 1 else 1  # padding is one more
+    if B * K > 1 and runtime.same_bits() and 2 * B * spans_of_row * K * G * T**2 > WORKSPACE:
+        how = {"scale": scale, "window": window, "documents": documents}
+        return by_head(functools.partial(attention, **how), q_BTKGH, k_BTKH, v_BTKH, segments_BT)
     how: dict[str, Any] = {"mask_type": sdpa.MaskType.CAUSAL}
     if documents > 1:
-        starts, lengths = spans(segments_BT, documents + 1)  # padding is one more
+        starts, lengths = spans(segments_BT, spans_of_row)
         how = {
             "mask_type": sdpa.MaskType.PADDING_CAUSAL,
             "q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts,
         }  # fmt: skip
     o_BTNH = sdpa.dot_product_attention(
-        q_BTKGH.reshape(rows, tokens, -1, q_BTKGH.shape[-1]), k_BTKH, v_BTKH,
+        q_BTKGH.reshape(B, T, K * G, -1), k_BTKH, v_BTKH,
         scale=scale, sliding_window_length=window or None, **how,
     )  # fmt: skip
     return o_BTNH.reshape(q_BTKGH.shape)
+
+
+def by_head(
+    attend: Callable[..., jax.Array],
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segments_BT: jax.Array,
+) -> jax.Array:
+    """`attend`, for one row and kv head at a time."""
+    B, _, K, *_ = q_BTKGH.shape
+
+    def apart(a: jax.Array) -> jax.Array:
+        """[B, T, K, ...] as [B K, 1, T, 1, ...]."""
+        moved = jnp.moveaxis(a, 2, 1)
+        return moved.reshape(B * K, 1, a.shape[1], 1, *a.shape[3:])
+
+    parts = [*map(apart, (q_BTKGH, k_BTKH, v_BTKH)), jnp.repeat(segments_BT, K, axis=0)[:, None]]
+    o = lax.map(lambda part: attend(*part), tuple(parts))
+    return jnp.moveaxis(o.reshape(B, K, *o.shape[2:3], *o.shape[4:]), 1, 2)
 
 
 def spans(segments_BT: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:

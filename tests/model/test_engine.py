@@ -61,6 +61,36 @@ def test_on_a_cpu_the_plain_one_serves(one_device):
     assert TINY.arch.attention.causal
 
 
+@pytest.mark.parametrize(
+    ("flags", "room", "shapes"),
+    [
+        ("", 0, [(3, 17, 6, 8)]),
+        ("--xla_gpu_deterministic_ops=true", 2 * 3 * 5 * 6 * 17**2 - 1, [(1, 17, 3, 8)]),
+        ("--xla_gpu_deterministic_ops=true", 2 * 3 * 5 * 6 * 17**2, [(3, 17, 6, 8)]),
+    ],
+)
+def test_for_the_same_bits_cudnn_takes_one_head_of_a_row_where_all_take_too_much(
+    flags, room, shapes, monkeypatch
+):
+    found = []
+
+    def stand_in(q_BTNH, k_BTKH, v_BTKH, **how):
+        found.append(q_BTNH.shape)
+        k_BTNH, v_BTNH = (jnp.repeat(a, 3, axis=2) for a in (k_BTKH, v_BTKH))
+        return q_BTNH * k_BTNH + v_BTNH + how["q_seqlen"][:, None, :1, None]
+
+    monkeypatch.setattr(cudnn.sdpa, "dot_product_attention", stand_in)
+    monkeypatch.setattr(cudnn, "WORKSPACE", room)
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    draw = np.random.default_rng(0)
+    q, k, v = (jnp.float32(draw.normal(size=(3, 17, 2, *s))) for s in ((3, 8), (8,), (8,)))
+    segments = jnp.asarray(segments_of(3, 17, 4, 3))
+    ours = cudnn.attention(q, k, v, segments, scale=0.1, documents=4)
+    first = cudnn.spans(segments, 5)[1][:, :1, None, None, None]
+    assert found == shapes
+    np.testing.assert_allclose(ours, q * k[:, :, :, None] + v[:, :, :, None] + first, atol=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head", [64, 128])
 @pytest.mark.parametrize(
