@@ -1,7 +1,7 @@
 """Goodput: where the time of a run went, summed over all processes that worked on it.
 
 The parts add up to the time since the first of them began. What a killed process did after its last
-logged step is not known, and counts as down.
+logged step is not known, and counts as down, as do the start and the imports of the next one.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ NAME = "goodput.json"
 PARTS = {  # in the order in which a moment belongs to them
     "steps": "steps that are part of the state",
     "lost": "steps that a kill or a rewind undid",
-    "down": "no process was at work",
+    "down": "no process was at work, that is known",
     "compile": "XLA compiled the step",
     "data": "waiting for a batch",
     "save": "waiting for a save",

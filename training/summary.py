@@ -96,5 +96,9 @@ def finish(loop: Loop, workdir: Path) -> None:
             "Parameters": f"{flops.params(run.model):,}",
             "Command": shlex.join(["python", *sys.argv]),
         }
-        report.write(page, to_json(run), loop.metrics.rows(), written, facts)
-        loop.progress.print(f"{page}")
+        try:
+            report.write(page, to_json(run), loop.metrics.rows(), written, facts)
+        except OSError as error:  # how the run ends is for the state to say
+            loop.progress.print(f"{page} cannot be written: {error.strerror}")
+        else:
+            loop.progress.print(f"{page}")

@@ -85,6 +85,16 @@ def test_a_disk_that_stays_full_ends_a_run_with_code_5_after_its_last_step(
     assert "Traceback" not in ended.err, ended.err
 
 
+@pytest.mark.slow
+def test_without_room_for_the_report_either_the_run_ends_with_code_5(command_line, disk, tmp_path):
+    folder = disk(tmp_path / "run", 16 << 20)
+    saved = folder / "checkpoints" / "4"
+    ended = command_line(NO_SAMPLE, at={5: lambda: once(saved, lambda: fill(folder))})
+    assert ended.code == 5 and "step 12 could not be saved" in ended.err
+    assert lines_of(ended, "report.html cannot be written: No space left on device")
+    assert "Traceback" not in ended.err, ended.err
+
+
 @pytest.mark.slow  # a full disk above is told and forgiven on the same way
 def test_a_folder_that_becomes_read_only_is_told_and_forgiven(
     finished, command_line, disk, tmp_path
