@@ -141,7 +141,7 @@ def test_smollm2_loses_little(scheme, tokens, most, bytes_, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.assets
-@pytest.mark.parametrize(("scheme", "least"), [("w8", 0.999), ("w4g64", 0.95)])
+@pytest.mark.parametrize(("scheme", "least"), [("w8", 0.995), ("w4g64", 0.95)])
 def test_minilm_keeps_its_embeddings(scheme, least, tmp_path):
     (tmp_path / "hf").mkdir()
     args = (f"--checkpoint={assets.minilm(tmp_path / 'hf')}", f"--scheme={scheme}")
