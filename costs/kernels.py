@@ -66,12 +66,16 @@ class Compiler:
     dense_experts: bool = False
     # GPU: kernels that read the same run as one: costs/siblings.py.
     joins: bool = False
+    # GPU: what takes so long to compute that, asked for by several, it is written once.
+    dear: frozenset[str] = frozenset()
     # TPU: a matmul computes its operands from what they are made of.
     dots_fuse: bool = False
 
 
 COMPILERS = {
-    "gpu": Compiler(turns=True, late=True, matmul=2**25, dense_experts=True, joins=True),
+    "gpu": Compiler(
+        turns=True, late=True, matmul=2**25, dense_experts=True, joins=True, dear=names("tanh")
+    ),
     "tpu": Compiler(late=True, dots_fuse=True),
     "cpu": Compiler(),
 }
@@ -118,11 +122,11 @@ class Schedule:
 class Cell:
     """Where a value is: in a buffer, or yet to be computed from other cells by its readers."""
 
-    __slots__ = ("buffer", "late", "readers", "sources", "value")
+    __slots__ = ("buffer", "dear", "late", "readers", "sources", "value")
 
-    def __init__(self, value, sources=(), buffer=None, late=None, readers=1):
+    def __init__(self, value, sources=(), buffer=None, late=None, readers=1, dear=False):
         self.value, self.sources, self.buffer, self.late = value, sources, buffer, late
-        self.readers = readers
+        self.readers, self.dear = readers, dear
 
 
 def schedule(program: Program, compiler: Compiler) -> Schedule:
@@ -177,11 +181,9 @@ class _Scheduler:
             for buffer, size in self.origins(source, asked).items():
                 found[buffer] = max(found.get(buffer, 0), min(size, most))
         again, once = cell.readers * sum(found.values()), (cell.readers + 1) * own
-        if (
-            found
-            and own >= SMALL
-            and (cell.readers >= MANY or (cell.readers > 1 and again > sum(found.values()) + once))
-        ):
+        dear = cell.dear or again > sum(found.values()) + once
+        several = cell.readers >= MANY or (cell.readers > 1 and dear)
+        if found and own >= SMALL and several:
             return self.write(cell, found)
         return found
 
@@ -246,8 +248,11 @@ class _Scheduler:
                 self.cells[id(b)] = self.cell(a)
         elif op.name in FUSED:
             sources = [self.cell(value) for value in op.ins]
+            dear = op.name in self.compiler.dear
+            dear = dear or any(one.dear and one.buffer is None for one in sources)
             for out in op.outs:
-                self.cells[id(out)] = Cell(out, sources, readers=self.readers.get(id(out), 0))
+                asked = self.readers.get(id(out), 0)
+                self.cells[id(out)] = Cell(out, sources, readers=asked, dear=dear)
         elif id(op) in self.waiting:
             if self.compiler.turns and op.params.get("scatter_dimension"):
                 self.early[id(op)] = self.turn(self.solid(op.ins[0]))
@@ -368,17 +373,8 @@ class _Scheduler:
             buffer.kind = "carry"
             if self.top and own and not any(b.bytes for b in own):
                 buffer.bytes = 0  # of the state, which the step was given for good
-        self.kernels.append(
-            Kernel(
-                "loop",
-                reads,
-                writes,
-                inner=[inner],
-                rounds=op.rounds,
-                in_place=op.carried,
-                phase=op.phase,
-            )
-        )
+        how = {"rounds": op.rounds, "in_place": op.carried, "phase": op.phase}
+        self.kernels.append(Kernel("loop", reads, writes, inner=[inner], **how))
 
     def stack_turned(self, value: Value) -> dict[Buffer, int]:
         cell = self.cell(value)

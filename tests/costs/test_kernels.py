@@ -134,6 +134,19 @@ def test_a_gpu_computes_each_row_for_every_expert_on_copies_laid_out_twice():
     assert highest(found, gpu).bytes == (2 * 4 + 1) * 64 * KIB  # and the product
 
 
+def test_what_takes_long_to_compute_and_several_read_is_written_once_on_a_gpu():
+    def twice(x, w):
+        y = jnp.tanh(x @ w)
+        return (y + 1) @ w, (y * 2) @ w
+
+    found = read(twice, square(), square())
+    count = [
+        sum(k.name == "fusion" for k in kernels.schedule(found, one).kernels)
+        for one in (PLAIN, kernels.Compiler(dear=frozenset({"tanh"})))
+    ]
+    assert count == [2, 3]
+
+
 def test_the_parts_of_a_peak_add_up_and_have_their_names():
     def step(table, x):
         logits = x @ table.T

@@ -132,6 +132,7 @@ def test_memory_and_time_are_what_gpus_were_seen_to_take(recipe, target, overrid
         (llama("8B"), "h100x8", {}),
         (llama("8B"), "h100x8", {"mesh.fsdp": "2", "mesh.tensor": "4"}),
         (llama("8B-80GB"), "h100x1", {}),
+        ("configs/quickstart.py", "v5e-8", {}),
         (llama("124M"), "v5e-8", {}),
         pytest.param(llama("350M"), "v5p-8", {"data.batch": "32"}, marks=KEPT_WIDE),
     ],
@@ -141,7 +142,9 @@ def test_memory_is_within_ten_per_cent_of_what_the_compiler_here_says(recipe, ta
         pytest.skip(lacks)
     plan = counted(recipe, target, overrides)
     plan = plans.compile_for(plan, tool.tracer(plan.target.platform))
-    assert plan.counted == pytest.approx(plan.compiled["bytes"], rel=0.1), plan.compiled
+    # A TPU's on-chip memory holds small arrays, which its compiler's figure leaves out.
+    small = 8 * 2**20 if plan.target.platform == "tpu" else 0
+    assert plan.counted == pytest.approx(plan.compiled["bytes"], rel=0.1, abs=small), plan.compiled
 
 
 def test_it_says_what_a_device_holds_and_how_long_a_step_takes(capsys):
