@@ -33,13 +33,16 @@ def matmul(
     Few rows on a Hopper GPU by a kernel of our own, where that applies; on a CPU by chunks.
     """
     where = engine.platform()
-    if where == "gpu":
-        if not (reason := weight_only_hopper.why_not(x_RK, w_NK, block)):
-            y_RN = weight_only_hopper.matmul(x_RK, w_NK, sw, block)
-            return y_RN if zeros is None else y_RN - beneath(x_RK, sw, zeros, block)
-        engine.tell("weights of few bits by XLA", reason)
-    how = by_chunks if where == "cpu" else plain
-    return how(x_RK, w_NK, sw, zeros, block=block)
+    reason = weight_only_hopper.why_not(x_RK, w_NK, block) if where == "gpu" else ""
+    if where == "gpu" and not reason:
+        y_RN = weight_only_hopper.matmul(x_RK, w_NK, sw, block)
+    elif where == "cpu":
+        y_RN = by_chunks(x_RK, w_NK, sw, block=block)
+    else:
+        if reason:
+            engine.tell("weights of few bits by XLA", reason)
+        return plain(x_RK, w_NK, sw, zeros, block=block)
+    return y_RN if zeros is None else y_RN - beneath(x_RK, sw, zeros, block)
 
 
 def plain(
@@ -89,21 +92,14 @@ def beneath(x_RK: jax.Array, sw: jax.Array, zeros: jax.Array, block: int) -> jax
 # ---- on a CPU ------------------------------------------------------------------------------------
 
 
-def by_chunks(
-    x_RK: jax.Array,
-    w_NK: jax.Array,
-    sw: jax.Array,
-    zeros: jax.Array | None = None,
-    *,
-    block: int = 0,
-) -> jax.Array:
-    """`matmul`, some outputs at a time, whose numbers never leave the cache.
+def by_chunks(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -> jax.Array:
+    """`matmul` without zeros, some outputs at a time, whose numbers never leave the cache.
 
     All at once, XLA writes them to memory in float32 and reads them back: seven times as long as
     float32 weights take, where chunks take half.
     """
     if w_NK.dtype == jnp.uint8 and block % 2:
-        return plain(x_RK, w_NK, sw, zeros, block=block)
+        return plain(x_RK, w_NK, sw, block=block)
     (R, K), N = x_RK.shape, len(w_NK)
     C = min(N, max(FEWEST, 1 << (CACHED // K).bit_length() >> 1))
     chunks = -(-N // C)
@@ -117,11 +113,11 @@ def by_chunks(
     def one(start: jax.Array) -> jax.Array:
         """[C, R]: the outputs from `start` on."""
         own = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=C)
-        w_C, *scaled = jax.tree.map(own, (w_NK, sw, zeros))
+        w_C, s = own(w_NK), own(sw)
         each = zip(halves(w_C) if len(parts) > 1 else [w_C], parts, strict=True)
         size = block // len(parts)
         return sum(
-            lax.dot_general(numbers(w, *scaled, x.shape[1], block=size), x, LAST) for w, x in each
+            lax.dot_general(numbers(w, s, None, x.shape[1], block=size), x, LAST) for w, x in each
         )
 
     # The last chunk may begin with outputs of the one before.

@@ -56,11 +56,6 @@ def engine_of(source, mesh=ONE, *, dequantize=False):
         return Engine.unrolled(params, cfg, Layout(), source.tokenizer)
 
 
-def answers(engine):
-    (result,) = engine.generate([PROMPT], max_tokens=8, ignore_eos=True).run()
-    return result.new_ids
-
-
 def is_stored(leaf):
     return isinstance(leaf, QArray)
 
@@ -72,12 +67,11 @@ def test_what_is_loaded_is_as_small_as_the_files_and_says_the_same(saved, case):
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(few.params)) == source.bytes
     assert source.bytes < 0.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole.params))
     assert_same(full_logits(few, PROMPT), full_logits(whole, PROMPT))
-    assert answers(few) == answers(whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["w4g64", "w8"])
-def test_weights_in_parts_lie_split_on_a_mesh_and_mean_the_same(saved, case):
+def test_weights_in_parts_lie_split_on_a_mesh_and_say_the_same(saved, case):
     source = saved(case)
     few, whole = engine_of(source, MESH), engine_of(source, dequantize=True)
     ids = [PROMPT, PROMPT[:4]]
