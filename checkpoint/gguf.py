@@ -34,8 +34,8 @@ DEEPEST = 4  # arrays in arrays
 MOST_DIMS = 4
 
 # What a header may hold, since Python needs many times the bytes of the file for short texts.
-# The largest published vocabulary, Gemma's, has 262,144 tokens and 514,906 merges; a million strings
-# would take more than a second on a slow core.
+# The largest published vocabulary, Gemma's, has 262,144 tokens and 514,906 merges; a million
+# strings would take more than a second on a slow core.
 MOST_TEXTS = 800_000  # strings
 MOST_CHARACTERS = 1 << 24  # bytes of all strings
 MOST_ARRAYS = 1 << 12  # within arrays, which no model has
