@@ -1,13 +1,10 @@
 """Compressed: the shapes of weights of 8 and 4 bits as a model computes with them: as they lie."""
 
-import math
-
 import jax
 import numpy as np
 
 from checkpoint.quantized import Form
-from model.matmul.quantized import every
-from model.matmul.stored import QArray, axis_size, specs_of
+from model.matmul.stored import QArray, cut, specs_of
 
 
 def in_parts(form: Form, leaf: jax.ShapeDtypeStruct) -> QArray | jax.ShapeDtypeStruct:
@@ -16,10 +13,8 @@ def in_parts(form: Form, leaf: jax.ShapeDtypeStruct) -> QArray | jax.ShapeDtypeS
     spec = getattr(leaf.sharding, "spec", None) or jax.P()
     spec = jax.P(*spec, *[None] * (leaf.ndim - len(spec)))
     inner = leaf.shape[leaf.ndim - form.inputs :]
-    ways = math.prod(map(axis_size, every(spec.partitions[leaf.ndim - form.inputs :])))
     packs = form.kind == "int4"
-    own = math.prod(inner) // ways
-    if ways > 1 and (own % (form.group or 1) or (packs and own % 2)):
+    if cut(inner, spec.partitions[leaf.ndim - form.inputs :], form.group, packs):
         return leaf
     places = specs_of(spec, form.inputs, form.group, packs)
 

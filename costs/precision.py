@@ -48,8 +48,8 @@ TRAINING = {
     MOMENTS: Price(0.0, "none in 150 steps of the quickstart"),
     f"{WEIGHTS} {MOMENTS}": Price(0.3, "-0.1 to +0.3 % over the quickstart"),
 }
-# Of weights that are served: bits of a Linear's, and perplexity of SmolLM2-135M-Instruct. Tables
-# have 8 bits in all of them, scales not counted.
+# Of weights that are served: bits of a Linear's, with the scale and zero of a group but without the
+# scale of an output, and perplexity of SmolLM2-135M-Instruct. Tables have 8 bits in all of them.
 SERVING = {
     "w8": (8.0, Price(0.41, "+0.41 % perplexity of SmolLM2-135M")),
     "w8a8": (8.0, Price(0.98, "+0.98 % perplexity of SmolLM2-135M")),

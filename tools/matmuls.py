@@ -204,7 +204,7 @@ def main(run: Run) -> int:
     words = {"weight": "", "pass": "", "format": "", "tokens": "d"}
     every = shapes(run.model, tokens)
     up = next(each for each in every if each.name == "up")
-    many, few, torch = [], [], []
+    many, few = [], []
     with jax.set_mesh(meshes.make(meshes.MeshConfig(), jax.local_devices()[:1])):
         for each in every:
             figures = {"tflops": ".1f", "ratio": ".2f", "error": ".1e", "compile_s": ".1f"}
@@ -213,10 +213,10 @@ def main(run: Run) -> int:
         for count in FEW:
             figures = {"gb_per_s": ",.0f", "share_of_copy": ".0%", "error": ".1e"}
             few += table(console, of_few(up, count, dtype, copy), **words, **figures)
-    for each in every:
-        if rows := of_torch(each):
-            console.print("\ntorch, of operands that are rounded" if not torch else "")
-            torch += table(console, rows, **words, tflops=".1f")
+    torch = [row for each in every for row in of_torch(each)]
+    if torch:
+        console.print("\ntorch, of operands that are rounded")
+        table(console, torch, **words, tflops=".1f")
     kind = jax.local_devices()[0].device_kind
     found = {"recipe": run.name, "device": kind, "tokens": tokens, "copy_gb_per_s": copy / 1e9}
     line = json.dumps(found | {"many": many, "few": few, "torch": torch})

@@ -115,12 +115,8 @@ def store(w: jax.Array, inputs: int, form: Format) -> QArray:
     spec = jax.typeof(w).sharding.spec.partitions
     inner = spec[w.ndim - inputs :]
     packs = form.kind == "w4"
-    ways = math.prod(map(axis_size, every(inner)))
-    own = math.prod(w.shape[w.ndim - inputs :]) // ways
-    if ways > 1 and (own % (form.group or 1) or (packs and own % 2)):
-        raise ValueError(
-            f"groups of {form.group} do not divide the {own} inputs that one of {ways} devices has"
-        )
+    if reason := cut(w.shape[w.ndim - inputs :], inner, form.group, packs):
+        raise ValueError(reason)
 
     def local(w: jax.Array) -> tuple[jax.Array, jax.Array]:
         w_OI, own = matrix(w, inputs), w.shape[: w.ndim - inputs]
@@ -132,6 +128,16 @@ def store(w: jax.Array, inputs: int, form: Format) -> QArray:
     specs = specs_of(jax.P(*spec), inputs, form.group, packs)
     values, scales = jax.shard_map(local, out_specs=(specs["values"], specs["scales"]))(w)
     return QArray(values, scales, w.shape[w.ndim - inputs :], form.group)
+
+
+def cut(inner: Sequence[int], dims: tuple, group: int, packs: bool) -> str:
+    """Why a device would have part of a group, or half a byte, of contracted dims of these sizes
+    that lie as `dims` says; "" if none has."""
+    ways = math.prod(map(axis_size, every(dims)))
+    own = math.prod(inner) // ways
+    if ways > 1 and (own % (group or 1) or (packs and own % 2)):
+        return f"groups of {group} do not divide the {own} inputs that one of {ways} devices has"
+    return ""
 
 
 def specs_of(spec: jax.P, inputs: int, group: int, packs: bool) -> dict[str, jax.P]:
