@@ -7,6 +7,7 @@ H head size; J = G + 2: a kv head's queries, then its key, then its value.
 import functools
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +93,7 @@ class SelfAttention(nnx.Module):
         rows, *_ = where = jax.typeof(x_BTD).sharding.spec
         tokens = jax.typeof(context.segments).sharding.spec[1]
         # Devices talk: tokens that lie apart between the blocks only come together.
-        qkv_BTKJH = self.qkv(x_BTD, out=jax.P(rows, tokens, *self.qkv.features))
-        qkv_BTKJH = checkpoint_name(qkv_BTKJH, "qkv")
-        groups = qkv_BTKJH.shape[3] - 2
-        q_BTKGH, k_BTKH, v_BTKH = lax.split(qkv_BTKJH, (groups, 1, 1), axis=3)
+        q_BTKGH, k_BTKH, v_BTKH = self.project(x_BTD, rows, tokens)
         if self.q_norm is not None:
             q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
         if context.rotations:
@@ -119,3 +117,10 @@ class SelfAttention(nnx.Module):
         # Heads are split over tensor: the sum over them crosses devices, to where x lives.
         y_BTD = self.out(o_BTKGH, out=where)
         return y_BTD, (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))
+
+    def project(self, x_BTD: jax.Array, *where: Any) -> list[jax.Array]:
+        """Queries [B, T, K, G, H], keys and values [B, T, K, 1, H]; `where` splits rows, tokens."""
+        qkv_BTKJH = self.qkv(x_BTD, out=jax.P(*where, *self.qkv.features))
+        qkv_BTKJH = checkpoint_name(qkv_BTKJH, "qkv")
+        groups = qkv_BTKJH.shape[3] - 2
+        return lax.split(qkv_BTKJH, (groups, 1, 1), axis=3)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -28,9 +29,12 @@ import train
 from configs import command
 from configs.run import Run, check
 from costs import devices, flops, fusion, rates, trace
+from costs.apart import Apart
 from costs.eager import Eager
 from costs.energy import Energy
 from costs.memory import human, program_bytes
+from model import transformer
+from model.attention import SelfAttention
 from sharding import mesh as meshes
 from sharding import offload, runtime
 from tools import fusion as fusions
@@ -47,9 +51,15 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("output", None, "A file for the JSON object too", flag_values=FLAGS)
 flags.DEFINE_boolean("rates", True, "Measure what the hardware keeps up too", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "option", [], "NAME=VALUE, that XLA compiles the step with; may be repeated", flag_values=FLAGS
+)
 # What a program without these would do, for the ladder to hold against:
 flags.DEFINE_boolean("eager", False, "Run each operation by itself", flag_values=FLAGS)
 flags.DEFINE_boolean("donate", True, "Let the step take over its state's memory", flag_values=FLAGS)
+flags.DEFINE_boolean(
+    "fused_projections", True, "No: queries, keys and values by a matmul each", flag_values=FLAGS
+)
 flags.DEFINE_boolean("packed", True, "No: one document a row, and padding", flag_values=FLAGS)
 
 
@@ -75,13 +85,34 @@ def random_batch(run: Run, documents: int, packed: bool = True) -> dict[str, np.
     }
 
 
+def options(words: list[str]) -> dict[str, Any]:
+    """XLA's options of "NAME=VALUE"; a small program is compiled with them. ValueError if one is
+    not known or not of its kind."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(
+                f"--option={word}: write NAME=VALUE, as xla_gpu_enable_triton_gemm=false"
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=found)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"--option: XLA says: {error}") from error
+    return found
+
+
 def stepper(program: train.Program) -> tuple[Callable[..., Any], Any]:
     """What makes the next state and the metrics of a state and a batch, and what it runs by: a
     compiled program, or an Eager."""
     if not FLAGS.eager:
         donated = {"donate_argnums": 0} if FLAGS.donate else {}
         step = program.jit(train.train_step, **donated).lower(program.state, program.batch())
-        compiled = step.compile()
+        compiled = step.compile(compiler_options=options(FLAGS.option))
         return compiled, compiled
     shapes = program.state, program.batch()
     step = functools.partial(train.train_step, program)
@@ -219,6 +250,7 @@ def main(run: Run) -> int:
             raise ValueError(
                 f"--steps={FLAGS.steps} and --warmup={FLAGS.warmup} must be at least 1"
             )
+        options(FLAGS.option)
         if FLAGS.eager and jax.device_count() > 1:
             raise ValueError(f"--eager runs on one device, not on {jax.device_count()}")
         if not 1 <= FLAGS.documents <= run.data.seq:
@@ -229,7 +261,11 @@ def main(run: Run) -> int:
         check(run, jax.device_count())
         offload.check(run.layout.host, jax.local_devices())
     console = Console(width=120)
-    with jax.set_mesh(meshes.make(run.mesh)):
+    attention = SelfAttention if FLAGS.fused_projections else Apart
+    with (
+        jax.set_mesh(meshes.make(run.mesh)),
+        mock.patch.object(transformer, "SelfAttention", attention),
+    ):
         figures, where = measure(run, FLAGS.documents)
     if FLAGS.rates:
         figures |= against(run, figures, FLAGS.documents)
@@ -252,6 +288,7 @@ KINDS = {
         (
             "train --config=configs/llama.py:1B --config.data.batch=6 --output=base.json",
             "train --config=configs/llama.py:1B --config.model.remat=mlp --compare=base.json",
+            "train --config=configs/llama.py:1B --option=xla_gpu_enable_triton_gemm=false",
         ),
     ),
     "fusion": (

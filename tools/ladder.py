@@ -3,11 +3,12 @@
 python -m tools.bench ladder --config=configs/llama.py:1B --config.data.seq=2048 --batch=1
 
 The first rung is the recipe's model in float32, run operation by operation, with plain attention,
-all logits at once, nothing recomputed, no memory taken over, and one document a row with padding
-behind it. Each rung adds one thing that the recipe has; what it lacks, or what changes nothing on
-this platform, is left out. Each runs in a process of its own by `tools.bench train`, on the same
-random tokens. "tokens" are those of documents, not padding. A rung that does not fit is told as
-such. The last line is one JSON object; --plot draws it.
+queries, keys and values by a matmul each, all logits at once, nothing recomputed, no memory taken
+over, and one document a row with padding behind it. Each rung adds one thing that the recipe has;
+what it lacks, or what changes nothing on this platform, is left out. --option=NAME=VALUE adds one
+of XLA's to the last. Each runs in a process of its own by `tools.bench train`, on the same random
+tokens. "tokens" are those of documents, not padding. A rung that does not fit is told as such. The
+last line is one JSON object; --plot draws it.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ flags.DEFINE_integer("documents", 4, "Of each packed row", flag_values=FLAGS)
 flags.DEFINE_integer(
     "batch", 0, "Rows of all rungs but the last; 0: the recipe's", flag_values=FLAGS
 )
+flags.DEFINE_multi_string(
+    "option", [], "NAME=VALUE of XLA: a rung more; may be repeated", flag_values=FLAGS
+)
 flags.DEFINE_string("plot", None, "A file for a drawing: .png, .svg", flag_values=FLAGS)
 flags.DEFINE_string("output", None, "A file for the JSON object too", flag_values=FLAGS)
 FULL = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
@@ -54,8 +58,10 @@ class Rung:
     failed: str = ""
 
 
-def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
-    """The steps from nothing to `run`, those left out that change nothing."""
+def rungs(
+    run: Run, batch: int, documents: int, cpu: bool, options: Sequence[str] = ()
+) -> Iterator[Rung]:
+    """The steps from nothing to `run`, those left out that change nothing; then XLA's options."""
     model, head = run.model, run.model.arch.head
     rows = batch or run.data.batch
     fields = {
@@ -68,7 +74,8 @@ def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
         "model.arch.head.logits": "float32",
         "precision": "bf16",
     }
-    how = {"eager": True, "donate": False, "packed": False, "documents": documents}
+    how = {"eager": True, "fused_projections": False, "donate": False, "packed": False}
+    how |= {"documents": documents, "option": []}
     yield Rung("operation by operation, float32", dict(fields), dict(how))
     chunk = min(head.chunk, rows * run.data.seq)
     steps = [
@@ -76,6 +83,7 @@ def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
         ("a loop over the layers", {"model.unroll": 1}, {}),
         (model.dtype, {"model.dtype": model.dtype}, {}),
         ("flash attention", {} if cpu else {"model.kernels": model.kernels}, {}),
+        ("fused projections", {}, {"fused_projections": True}),
         ("logits in chunks", {"model.arch.head.chunk": chunk}, {}),
         (f"logits in {head.logits}", {"model.arch.head.logits": head.logits}, {}),
         (f"remat: {model.remat}", {"model.remat": model.remat}, {}),
@@ -85,6 +93,7 @@ def rungs(run: Run, batch: int, documents: int, cpu: bool) -> Iterator[Rung]:
         (f"{run.data.batch} rows", {"data.batch": run.data.batch}, {}),
         ("matmuls in int8", {} if cpu else {"precision": "int8"}, {}),
     ]
+    steps += [(word, {}, {"option": [*options[:i], word]}) for i, word in enumerate(options)]
     for name, more, flags_more in steps:
         if any(fields.get(key) != value for key, value in more.items()) or any(
             how[key] != value for key, value in flags_more.items()
@@ -101,7 +110,9 @@ def climb(rung: Rung, folder: Path, steps: int) -> None:
     steps, warmup = (2, 1) if rung.flags["eager"] else (steps, 2)
     words = [f"--config={folder / 'config.json'}", f"--output={result}", f"--steps={steps}"]
     words += [f"--config.{path}={value}" for path, value in rung.fields.items()]
-    words += [f"--{name}={str(value).lower()}" for name, value in rung.flags.items()]
+    how = {**rung.flags}
+    words += [f"--option={word}" for word in how.pop("option")]
+    words += [f"--{name}={str(value).lower()}" for name, value in how.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tools.bench", "train", "--norates", f"--warmup={warmup}", *words],
         cwd=load.ROOT, capture_output=True, text=True, check=False,
@@ -199,7 +210,7 @@ def main(run: Run) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         load.save(run, folder / "config.json")
-        for rung in rungs(run, FLAGS.batch, FLAGS.documents, runtime.alone()):
+        for rung in rungs(run, FLAGS.batch, FLAGS.documents, runtime.alone(), FLAGS.option):
             with command.user_input():
                 climb(rung, folder, FLAGS.steps)
             climbed.append(rung)

@@ -52,7 +52,13 @@ def test_a_comparison_prints_ratios_and_refuses_what_is_no_result(figures, capsy
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--steps=0", "must be at least 1"), ("--documents=33", "must be 1 to 32")],
+    [
+        ("--steps=0", "must be at least 1"),
+        ("--documents=33", "must be 1 to 32"),
+        ("--option=xla_cpu_enable_fast_math", "write NAME=VALUE"),
+        ("--option=xla_no_such=1", "No such compile option: 'xla_no_such'"),
+        ("--option=xla_cpu_enable_fast_math=maybe", "is not a valid bool value"),
+    ],
 )
 def test_a_wrong_flag_says_what_is_right(flag, message, capsys):
     assert call(*TINY, flag) == 2
@@ -69,6 +75,17 @@ def test_random_rows_hold_so_many_documents_and_no_padding(documents):
             own = positions[segments == one]
             np.testing.assert_array_equal(own, np.arange(len(own)))
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+
+
+@pytest.mark.slow
+def test_attention_by_three_matmuls_and_an_option_of_xla_change_no_loss(figures, tmp_path):
+    """What the ladder holds the fused projection against: the same values."""
+    path, args = tmp_path / "b.json", ("--steps=2", "--warmup=1", "--documents=3", "--norates")
+    more = ("--nofused_projections", "--option=xla_cpu_enable_fast_math=false")
+    assert call(*TINY, *args, *more, f"--output={path}") == 0
+    before, apart = bench.last_object(str(figures)), bench.last_object(str(path))
+    assert apart["losses"] == pytest.approx(before["losses"], rel=1e-5)
+    assert apart["kernels"] != before["kernels"]
 
 
 @pytest.mark.slow

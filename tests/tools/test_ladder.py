@@ -30,6 +30,7 @@ def test_each_rung_adds_one_thing_up_to_the_recipe_and_then_8_bits(run):
         "a loop over the layers",
         "bfloat16",
         "flash attention",
+        "fused projections",
         "logits in chunks",
         "remat: dots",
         "state taken over",
@@ -38,8 +39,8 @@ def test_each_rung_adds_one_thing_up_to_the_recipe_and_then_8_bits(run):
         "matmuls in int8",
     ]
     for before, rung in itertools.pairwise(climbed):
-        both = (before.fields | before.flags).items() ^ (rung.fields | rung.flags).items()
-        assert len({name for name, _ in both}) == 1
+        old, more = before.fields | before.flags, rung.fields | rung.flags
+        assert sum(old[name] != more[name] for name in old | more) == 1
 
     def of(rung):
         fields = {name: str(value) for name, value in rung.fields.items()}
@@ -47,7 +48,10 @@ def test_each_rung_adds_one_thing_up_to_the_recipe_and_then_8_bits(run):
 
     assert of(climbed[-2]) == run
     assert of(climbed[-1]).model.precision.mlp.wgrad == "int8"
-    assert climbed[-1].flags == {"eager": False, "donate": True, "packed": True, "documents": 3}
+    assert climbed[-1].flags == {
+        "eager": False, "fused_projections": True, "donate": True, "packed": True, "documents": 3,
+        "option": [],
+    }  # fmt: skip
 
 
 def test_what_changes_nothing_is_left_out(run):
@@ -55,8 +59,18 @@ def test_what_changes_nothing_is_left_out(run):
     run = dataclasses.replace(run, model=model)
     names = [rung.name for rung in ladder.rungs(run, 0, 1, cpu=True)]
     assert names[1:] == [
-        "compiled and fused", "a loop over the layers", "logits in chunks", "state taken over",
+        "compiled and fused", "a loop over the layers",
+        "fused projections", "logits in chunks", "state taken over",
         "packed rows", "2 layers a round",
+    ]  # fmt: skip
+
+
+def test_options_of_the_compiler_are_the_last_rungs(run):
+    words = ["xla_a=true", "xla_b=3"]
+    *_, last, first_option, second = ladder.rungs(run, 0, 1, cpu=True, options=words)
+    assert (first_option.name, second.name) == tuple(words)
+    assert [rung.flags["option"] for rung in (last, first_option, second)] == [
+        [], ["xla_a=true"], words
     ]  # fmt: skip
 
 
