@@ -7,7 +7,6 @@ comes, what is told about it to stderr. Rates leave compilation out.
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -288,10 +287,7 @@ def generate() -> None:
 def main() -> int:
     """The command."""
     runtime.prepare()
-    try:
-        generate()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    generate()
     return 0
 
 

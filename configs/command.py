@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from absl import (
     flags,
@@ -18,6 +19,7 @@ from configs import arguments, usage
 from configs.load import load
 
 OURS = 1  # exit code of any exception that is no Exit
+UNREAD = 128 + signal.SIGPIPE  # of a command whose reader has left, as `| head` does
 LONGEST = 3000  # characters of a message
 
 
@@ -74,7 +76,7 @@ def user_input() -> Iterator[None]:
     """
     try:
         yield
-    except Exit:
+    except (Exit, BrokenPipeError):  # `status` knows what to do if nobody reads
         raise
     except OSError as error:
         known = error.strerror and error.filename is not None
@@ -122,6 +124,28 @@ def status(
     values: flags.FlagValues = flags.FLAGS,
 ) -> int:
     """`run` without the exit: the exit code, after everything was printed."""
+    code = _status(main, args, recipe, examples, values)
+    try:
+        sys.stdout.flush()  # at exit it would be too late to tell
+    except BrokenPipeError:
+        code = code or UNREAD
+    except OSError as error:
+        _silence(sys.stdout)
+        _tell(f"error: cannot write the output: {(error.strerror or str(error)).lower()}")
+        code = code or UserError.code
+    for stream in (sys.stdout, sys.stderr):
+        if _unread(stream):
+            _silence(stream)
+    return code
+
+
+def _status(
+    main: Callable[..., int | None],
+    args: Sequence[str],
+    recipe: str | None,
+    examples: Sequence[str],
+    values: flags.FlagValues,
+) -> int:
     known = arguments.Known(values, tuple(_own(main, values)), recipe is not None)
     try:
         with user_input():
@@ -129,7 +153,7 @@ def status(
         if given.help:
             full = given.help == "helpfull"
             doc = sys.modules[main.__module__].__doc__ or ""
-            _print(values.get_help() if full else usage.text(doc, known, recipe, examples))
+            print(values.get_help() if full else usage.text(doc, known, recipe, examples))
             return 0
         if recipe is None:
             return main() or 0
@@ -144,9 +168,12 @@ def status(
     except KeyboardInterrupt:
         _tell("stopped by Ctrl-C")
         return 128 + signal.SIGINT
-    except Exception:
-        sys.stdout.flush()
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _unread(sys.stdout):
+            return UNREAD
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            traceback.print_exc()
         _tell("this is a fault of the program, not of your input; please report the lines above")
         return OURS
 
@@ -164,16 +191,27 @@ def _short(path: Any) -> str:
     return text if len(text) <= 200 else f"{text[:100]}...{text[-60:]}"
 
 
-def _print(text: str) -> None:
+def _unread(stream: TextIO) -> bool:
+    """Whether it leads to a pipe that nobody reads any more."""
     try:
-        print(text, flush=True)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        asked = select.poll()
+        asked.register(stream, 0)
+        return any(event & select.POLLERR for _, event in asked.poll(0))
+    except (OSError, ValueError):  # it is no file, or closed
+        return False
+
+
+def _silence(stream: TextIO) -> None:
+    """Let the interpreter flush at exit what it holds for it, to nobody."""
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _tell(message: str) -> None:
-    sys.stdout.flush()
-    print(_line(message), end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # `status` asks again
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(_line(message), end="", file=sys.stderr, flush=True)
 
 
 def _line(message: str) -> str:

@@ -1,5 +1,8 @@
 """Exit codes and what is printed with them, through real processes."""
 
+import contextlib
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +17,9 @@ from configs.load import ROOT
 SCRIPT = '''"""A command for tests."""
 
 import atexit
+import contextlib
+import io
+import os
 import signal
 import time
 
@@ -183,3 +189,60 @@ def test_the_set_up_leaves_other_errors_as_they_are(error):
     with pytest.raises(type(error)) as caught, command.user_input():
         raise error
     assert caught.value is error
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """`unread(name, buffering)` lets the name of sys lead to a pipe that nobody reads."""
+    with contextlib.ExitStack() as opened:
+
+        def unread(name, buffering=-1):
+            read, write = os.pipe()
+            os.close(read)
+            raw = opened.enter_context(open(write, "wb", buffering))
+            text = io.TextIOWrapper(raw, write_through=not buffering)
+            monkeypatch.setattr(sys, name, opened.enter_context(text))
+
+        yield unread
+
+
+@pytest.mark.parametrize("buffering", [-1, 0])
+def test_a_command_whose_reader_has_left_ends_quietly_as_others_do(buffering, unread, capsys):
+    unread("stdout", buffering)
+    assert command.status(lambda: print("a line"), []) == command.UNREAD == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_that_nobody_reads_keeps_the_code_of_its_error(unread):
+    unread("stdout")
+    unread("stderr")
+
+    def main():
+        print("a line")
+        raise command.UserError("x")
+
+    assert command.status(main, []) == 2
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_fault(capsys):
+    def main():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert command.status(main, []) == 1
+    assert "fault of the program" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_told(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert command.status(lambda: print("a line"), []) == 2
+    told = "error: cannot write the output: no space left on device\n"
+    assert capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.slow
+def test_a_process_whose_reader_has_left_says_nothing_at_exit_either(start):
+    with start("--help") as process:
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == ""
