@@ -38,6 +38,8 @@ class Manifest:
     def read(cls, folder: Path) -> "Manifest":
         """ValueError if there is none, or it is damaged."""
         try:
+            if not stat.S_ISREG((folder / NAME).stat().st_mode):  # a pipe would never end
+                raise ValueError(f"{folder} is damaged: {NAME} is no file")
             with open(folder / NAME, "rb") as file:
                 content = file.read(LONGEST + 1)
         except FileNotFoundError:

@@ -119,6 +119,8 @@ class Saved:
         """What was saved as `item`: "run" or "tokenizer"."""
         file = self.folder / item / "metadata"
         try:
+            if not file.is_file():  # a pipe would never end
+                raise ValueError("it is no file")
             return json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is damaged: {error}") from None

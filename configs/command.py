@@ -197,7 +197,7 @@ def _unread(stream: TextIO) -> bool:
         asked = select.poll()
         asked.register(stream, 0)
         return any(event & select.POLLERR for _, event in asked.poll(0))
-    except (OSError, ValueError):  # it is no file, or closed
+    except (OSError, TypeError, ValueError):  # it is no file, or closed
         return False
 
 

@@ -3,6 +3,7 @@
 import difflib
 import glob
 import os
+import stat
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,6 +69,9 @@ def _read(spec: str, paths: Iterable[Path], field: str, section: int) -> Files:
     bad, room = Bad(), IN_MEMORY
     for path in paths:
         try:
+            if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+                bad.add(str(path), "it is no file, but a pipe or a device")
+                continue
             scan = formats.scan(path, field, section, room)
         except OSError as error:
             bad.add(str(path), error.strerror or str(error))
@@ -110,6 +114,8 @@ def _paths(spec: str) -> list[Path]:
         if not files:
             raise FileNotFoundError(f"source {spec!r} matches no file")
         return files
+    if path.exists():
+        raise ValueError(f"source {spec!r} is a pipe or a device: write its text into a file")
     raise FileNotFoundError(f"source {spec!r} does not exist{_nearest(path)}")
 
 

@@ -108,6 +108,8 @@ class Goodput:
 def _read(path: Path) -> dict[str, Any] | None:
     """What an earlier process wrote; None if there is nothing, or it is damaged."""
     try:
+        if not path.is_file():  # a pipe would never end
+            return None
         found = json.loads(path.read_text(encoding="utf-8"))
         spent = {name: float(found["spent"][name]) for name in PARTS}
         saved = {int(step): float(seconds) for step, seconds in found["saved"].items()}

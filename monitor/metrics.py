@@ -35,8 +35,13 @@ Row = Mapping[str, Any]
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, [] without one. A line that a kill tore is left out."""
+    """The rows of a metrics.jsonl, [] without one. A line that a kill tore is left out.
+
+    ValueError if it is no file.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise ValueError(f"{path} must be a file; move away what is there")
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows = []
     for line in lines:

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from text import cache, pretrained
-from text.kinds import END_NAMES, Bytes, Published, Tokenizer
+from text.kinds import END_NAMES, MOST_IDS, Bytes, Published, Tokenizer
 from text.pretrained import from_json
 
 __all__ = ["Bytes", "Published", "Tokenizer", "from_json", "load", "train_bpe"]
@@ -85,6 +85,8 @@ def load(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         size, _, split = spec.removeprefix("bpe:").partition(":")
         if not size.isdecimal():
             raise ValueError(f"tokenizer={spec!r}: {size!r} is no size; try 'bpe:4096'")
+        if len(size) > len(str(MOST_IDS)) or int(size) > MOST_IDS:
+            raise ValueError(f"tokenizer={spec!r} is too large: {MOST_IDS:,} ids are the most")
         if int(size) < SMALLEST_BPE:
             raise ValueError(
                 f"tokenizer={spec!r} is too small: every byte and the end are {SMALLEST_BPE} ids"

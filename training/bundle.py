@@ -42,6 +42,8 @@ class Bundle:
     def read(cls, file: Path) -> "Bundle":
         """ValueError if it is none."""
         try:
+            if not file.is_file() and file.exists():  # a pipe would never end
+                raise ValueError("it is no file")
             found = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
                 raise ValueError(f"its format is not {FORMAT!r}")

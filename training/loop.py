@@ -59,7 +59,9 @@ class Loop:
         self.saves = store.Store(
             workdir / "checkpoints", keep=run.checkpoint.keep, keep_every=run.checkpoint.keep_every
         )
-        self.metrics = Metrics(workdir, origin.step if origin.own else None, main=meshes.is_main())
+        with command.user_input():
+            last = origin.step if origin.own else None
+            self.metrics = Metrics(workdir, last, main=meshes.is_main())
         self.metrics.text("config", json.dumps(to_json(run), indent=2))
         self.progress = Progress(run.steps, origin.step, main=meshes.is_main())
         self.speed = Speed(run.model, run.data.seq)

@@ -6,6 +6,7 @@ damaged is never begun from: a run goes on from the newest good one.
 
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,14 +36,24 @@ def resolve(run: Run, workdir: Path, restore: str | None) -> tuple[Run, Pretrain
         weights = None  # more than weights: the state of a run
     if weights:
         run = _of(run, weights)
-    if (workdir / "config.json").is_file():
-        differ = differences(load.load(str(workdir / "config.json")), run)
-        if differ:
-            raise ValueError(
-                f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
-                f"and --restore={workdir} to start from its state"
-            )
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir={workdir} is no folder; take another")
+    held = workdir / "config.json"
+    if held.is_file():
+        refuse_another(run, workdir, load.load(str(held)))
+    elif os.path.lexists(held):
+        raise ValueError(f"{held} must be a file, which tells whose the folder is; it is none")
     return run, weights
+
+
+def refuse_another(run: Run, workdir: Path, held: Run) -> None:
+    """ValueError if the run that `workdir` holds differs from `run` in what may not change."""
+    differ = differences(held, run)
+    if differ:
+        raise ValueError(
+            f"{workdir} holds another run: {'; '.join(differ)}. Take another --workdir, "
+            f"and --restore={workdir} to start from its state"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,8 @@ class Origin:
                     f"another --workdir begins with it"
                 )
         made = cls(own=own, older=tuple(found))._next()
+        if own:  # its config.json may be gone
+            refuse_another(run, workdir, from_json(made.note["run"]))
         if made.step >= run.steps:
             raise ValueError(
                 f"{made.saved.path} is at step {made.step} of steps={run.steps}: nothing to do; "

@@ -104,6 +104,8 @@ def test_a_tokenizer_without_a_known_end_gets_one_as_a_new_id(tmp_path):
         ("bpe:lots", "'lots' is no size"),
         ("bpe:", "is no size"),
         ("bpe:-5", "is no size"),
+        ("bpe:16777217", "is too large: 16,777,216 ids are the most"),
+        (f"bpe:{'9' * 5000}", "is too large"),
         ("gpt2", "neither 'bytes' nor 'bpe:SIZE'"),
         ("", "neither"),
     ],

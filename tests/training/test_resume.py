@@ -121,6 +121,16 @@ def test_another_run_in_the_folder_is_refused_and_what_differs_is_named(finished
     assert after == before
 
 
+def test_another_run_is_refused_by_its_saves_where_its_config_is_gone(
+    finished, command_line, tmp_path
+):
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    other = command_line("--config.optim.lr=1", "--config.steps=14")
+    assert other.code == 2 and "optim.lr=0.01 there, 1.0 here" in other.err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh_with_the_same_losses_and_samples(
     finished, killed, command_line
