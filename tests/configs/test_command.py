@@ -12,14 +12,11 @@ import pytest
 from absl import flags
 
 from configs import command
-from configs.load import ROOT
+from tests.commands import python_path
 
 SCRIPT = '''"""A command for tests."""
 
 import atexit
-import contextlib
-import io
-import os
 import signal
 import time
 
@@ -61,7 +58,7 @@ RECIPE = "from configs.run import Run\ndef get_config():\n    return Run(steps=3
 def start(tmp_path):
     (tmp_path / "go.py").write_text(SCRIPT)
     (tmp_path / "recipe.py").write_text(RECIPE)
-    env = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    env = {"PYTHONPATH": python_path(), "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
 
     def start(*args):
         return subprocess.Popen(

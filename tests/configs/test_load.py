@@ -11,6 +11,7 @@ import pytest
 from configs import load as module
 from configs.load import load, save
 from configs.run import Run
+from tests.commands import python_path
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_a_shipped_recipe_is_found_from_any_folder(tmp_path):
         "import pathlib; from configs import load; load.ROOT = pathlib.Path('site').resolve(); "
         "print(load.load('configs/shipped.py').steps)"
     )
-    env = {**os.environ, "PYTHONPATH": str(module.ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
     )

@@ -14,6 +14,7 @@ from configs.run import GuardConfig, Run
 from sharding import mesh as meshes
 from sharding.digest import differing, digests, odd_copies, probe
 from sharding.mesh import MeshConfig
+from sharding.offload import HOST
 from tests.faults.often import SEED, nightly, sometimes, times
 from training import twice
 from training.twice import Kept
@@ -90,11 +91,32 @@ def test_of_devices_that_compute_the_same_by_themselves_the_odd_one_is_named(mes
     assert odd == mesh.devices.flat[5]
 
 
-def test_a_state_comes_back_from_the_host_bit_by_bit_each_copy_for_itself(mesh, tree):
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_state_comes_back_from_the_host_bit_by_bit_each_copy_for_itself(
+    mesh, tree, backend, monkeypatch
+):
     odd = {**tree, "copies": flipped(tree["copies"], 6, 2, 1)}
-    back = jax.tree.map(Kept.array, jax.tree.map(Kept.of, odd))
-    assert not differing(digests(odd, mesh), digests(back, mesh)).any()
+    odd["hosted"] = jax.device_put(tree["half"], tree["half"].sharding.with_memory_kind(HOST))
+    right = digests(odd, mesh)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    kept = twice.keep(odd)
+    held = [part for one in jax.tree.leaves(kept) for part, _ in one.parts]
+    if backend == "gpu":  # the way there and back is direct, but of what lies there anyway
+        assert {part.sharding.memory_kind for part in held if isinstance(part, jax.Array)} == {HOST}
+        assert sum(isinstance(part, np.ndarray) for part in held) == mesh.size
+    back = jax.tree.map(Kept.array, kept)
+    assert not differing(right, digests(back, mesh)).any()
     assert all(back[name].sharding == odd[name].sharding for name in odd)
+
+
+def test_without_room_in_memory_for_direct_copies_the_state_waits_in_pages(tree, monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 68719476736 bytes are the limit")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "block_until_ready", full)
+    held = [part for one in jax.tree.leaves(twice.keep(tree)) for part, _ in one.parts]
+    assert held and all(isinstance(part, np.ndarray) for part in held)
 
 
 def test_steps_are_counted_from_0_and_never_backward():

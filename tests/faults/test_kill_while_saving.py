@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint.store import Saved
 from configs.load import ROOT
+from tests.commands import python_path
 from tests.faults.often import SEED
 
 WRITER = """
@@ -45,7 +46,7 @@ def state(step: int) -> dict[str, np.ndarray]:
 def killed(folder, notes, share: float) -> list[str]:
     """Start a writer, kill it in its second save, after this share of what the first one took; its
     lines."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, env=environment,
         stderr=notes, text=True, cwd=ROOT,

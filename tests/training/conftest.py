@@ -23,6 +23,7 @@ from costs import devices
 from data.loader import Loader
 from monitor import metrics
 from sharding.cluster import join
+from tests.commands import python_path
 from tests.kept import kept_programs
 from training import text
 
@@ -288,7 +289,7 @@ def starting(recipe, compiled, tmp_path) -> Iterator[Callable[..., Process]]:
             **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
             **{name.upper(): str(value) for name, value in values.items()},
             "JAX_COMPILATION_CACHE_DIR": str(folder), "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": python_path(),
             "NOTES": str(notes), "PYTHONUNBUFFERED": "1", **environment,
         }  # fmt: skip
         flags = [f"--config={recipe}", f"--workdir={workdir}", *args]
