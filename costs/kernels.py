@@ -57,7 +57,7 @@ class Compiler:
     # another dim is turned first, the whole stack of layers once and for all rounds; so is a
     # gradient before it is scattered.
     turns: bool = False
-    # GPU: sums over devices start late, those of a loop's round during the next.
+    # Sums over devices start late; those that only a loop's stacks ask for, during the next round.
     late: bool = False
     # GPU: what cuBLAS takes while a matmul runs, on a Hopper card.
     matmul: int = 0
@@ -149,6 +149,7 @@ class _Scheduler:
         self.early: dict[int, dict[Buffer, int]] = {}  # of a sum yet to come: its operand, turned
         self.readers = readers(program)
         self.waiting = waiting(program) if top and compiler.late else frozenset()
+        self.stacked = stacked(program, carried) if compiler.late and not top else frozenset()
         for value in program.ins:
             self.cells[id(value)] = Cell(value, buffer=Buffer(0, value))
 
@@ -307,7 +308,7 @@ class _Scheduler:
                 link=linked(op),
             )
         )  # fmt: skip
-        if self.compiler.late and not self.top and op.name in SUMS:
+        if op.name in SUMS and any(id(out) in self.stacked for out in op.outs):
             self.always += [Buffer(value.bytes, value, "late") for value in op.ins]
 
     def update(self, op: Op) -> None:
@@ -439,6 +440,18 @@ def waiting(program: Program) -> frozenset[int]:
         elif only and (op.name in VIEWS or op.name in FUSED):
             passed.add(id(op))
     return frozenset(late)
+
+
+def stacked(program: Program, carried: int) -> frozenset[int]:
+    """Values that a loop's round puts into stacks, maybe changed on the way, and asks for nowhere
+    else: what the round carries on, the next one waits for."""
+    found = {id(value) for value in program.outs[carried:]}
+    elsewhere = {id(value) for value in program.outs[:carried]}
+    for op in reversed(program.ops):
+        only = all(id(out) in found and id(out) not in elsewhere for out in op.outs)
+        passes = only and (op.name in VIEWS or op.name in FUSED)
+        (found if passes else elsewhere).update(id(value) for value in op.ins)
+    return frozenset(found - elsewhere)
 
 
 def gathered_inside(body: Program, value: Value) -> bool:

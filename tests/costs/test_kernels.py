@@ -122,6 +122,28 @@ def test_a_gpu_lays_a_stack_out_anew_that_is_gathered_along_an_inner_dim():
     assert turned == [0, 12 * 64 * KIB // 8]
 
 
+def test_a_sum_starts_a_round_late_if_only_a_stack_asks_for_it():
+    @jax.shard_map(in_specs=jax.P("fsdp"), out_specs=jax.P("fsdp"))
+    def scattered(x):
+        return lax.psum_scatter(x, "fsdp", tiled=True)
+
+    def rounds(keeps, x):
+        def step(total, _):
+            part = scattered(jnp.tanh(x)) * 2
+            return (total, part) if keeps else (total + part, None)
+
+        zeros = jnp.zeros((16, 128), out_sharding=jax.P("fsdp"))
+        return lax.scan(step, zeros, None, length=12)
+
+    late = []
+    for keeps in (True, False):
+        args = {"specs": (jax.P("fsdp", None),), "sizes": (1, 8, 1)}
+        found = read(lambda x, keeps=keeps: rounds(keeps, x), square(), **args)
+        [loop] = (k for k in kernels.schedule(found, kernels.COMPILERS["gpu"]).kernels if k.inner)
+        late.append([buffer.bytes for buffer in loop.inner[0].always])
+    assert late == [[64 * KIB // 8], []]
+
+
 def test_a_gpu_computes_each_row_for_every_expert_on_copies_laid_out_twice():
     @jax.shard_map(in_specs=(jax.P(), jax.P()), out_specs=jax.P())
     def experts(x, w):
