@@ -61,35 +61,44 @@ def attend(
         how = {"causal": causal, "softcap": softcap, "scale": scale, "window": window}
         return attention.plain(q_BTKGH, k_BTKH, v_BTKH, segments_BT, **how)
     if platform == "gpu":
-        return _fused(q_BTKGH, k_BTKH, v_BTKH, segments_BT, (window, causal))
-    # Beside a TPU's kernel heads lie in memory as whole registers.
+        return _fused(q_BTKGH, k_BTKH, v_BTKH, segments_BT, (window, causal), 0)
+    # Beside a TPU's kernel heads lie in memory as whole registers; of q, k and v only wide ones, as
+    # it takes narrow ones with tokens last.
     head, more = q_BTKGH.shape[-1], -q_BTKGH.shape[-1] % splash.LANES
-    wide = (jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)]) for a in (q_BTKGH, k_BTKH, v_BTKH))
-    return _fused(*wide, segments_BT, (window, causal))[..., :head]
+    given = (q_BTKGH, k_BTKH, v_BTKH)
+    if head > splash.LANES:
+        given, more = (_wider(a, more) for a in given), 0
+    return _fused(*given, segments_BT, (window, causal), more)[..., :head]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(q, k, v, segments, seen):
-    return _forward(q, k, v, segments, seen)[0]
+def _wider(a: jax.Array, more: int) -> jax.Array:
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
 
 
-def _forward(q, k, v, segments, seen):
-    o, lse = _attended(q, k, v, segments, seen)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(q, k, v, segments, seen, more):
+    return _forward(q, k, v, segments, seen, more)[0]
+
+
+def _forward(q, k, v, segments, seen, more):
+    o, lse = _attended(q, k, v, segments, seen, more)
     # Both are what the backward pass asks for, so a policy keeps both or neither.
     o, lse = checkpoint_name(o, "attention"), checkpoint_name(lse, "attention")
     return o, (q, k, v, segments, o, lse)
 
 
-def _backward(seen, kept, do):
+def _backward(seen, more, kept, do):
     return *_gradients(*kept, do, seen), None
 
 
-def _attended(q, k, v, segments, seen):
+def _attended(q, k, v, segments, seen, more=0):
+    """(output, with heads wider by `more`; log-sum-exp)."""
+
     def forward(q, k, v, segments):
         q, k, v, segments = lax.optimization_barrier((q, k, v, segments))
         o = q + (k + v)[:, :, :, None] + segments[:, :, None, None, None].astype(q.dtype)
         lse = jnp.sum((q * k[:, :, :, None]).astype(jnp.float32), axis=-1)
-        return lax.optimization_barrier((o, lse))
+        return lax.optimization_barrier((_wider(o, more), lse))
 
     return _named(forward, FORWARD, seen)(q, k, v, segments)
 
@@ -97,6 +106,7 @@ def _attended(q, k, v, segments, seen):
 def _gradients(q, k, v, segments, o, lse, do, seen):
     def backward(q, k, v, segments, o, lse, do):
         q, k, v, o, lse, do = lax.optimization_barrier((q, k, v, o, lse, do))
+        o, do = (a[..., : q.shape[-1]] for a in (o, do))
         dq = q + o + do + k[:, :, :, None] + lse[..., None].astype(q.dtype)
         dk, dv = k + jnp.sum(do * q, axis=3), v + jnp.sum(do * o, axis=3)
         return lax.optimization_barrier((dq, dk, dv))

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, K kv heads, G query heads per kv head, N = K G, H head size.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -64,6 +65,9 @@ def attention(
     )
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, more)), constant_values=-1)  # nobody's
     sizes = blocks(tokens + more)
+    if head < LANES:  # heads last would lie in memory as if they were LANES wide
+        last = splash.QKVLayout.SEQ_MINOR
+        sizes = dataclasses.replace(sizes, q_layout=last, k_layout=last, v_layout=last)
     *where, seen = visible(tokens + more, window if causal else 0, causal)
     attend = splash.SplashAttentionKernel(
         *where,
