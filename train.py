@@ -175,21 +175,24 @@ class Program:
 
     @property
     def sums(self) -> Axes:
-        """The mesh axes over which gradients are summed to where the optimizer's part lies."""
+        """The mesh axes over which gradients are summed after the backward pass, not in it: those
+        that split the optimizer's state, and where micro-batches go through stages all, so that
+        they are summed once."""
         layout = self.run.layout
         rows = axes_of(layout.batch) + axes_of(layout.sequence)
-        # A pipeline sums the gradients of its micro-batches whole.
-        return () if stage_count() > 1 else tuple(a for a in axes_of(layout.optimizer) if a in rows)
+        staged = stage_count() > 1
+        return tuple(axis for axis in rows if staged or axis in axes_of(layout.optimizer))
 
     def gradient(self, loss: Any, params: Any, *args: Any) -> tuple[Any, Any]:
-        """`jax.value_and_grad(loss, has_aux=True)`, of weights summed to where `sums` says."""
+        """`jax.value_and_grad(loss, has_aux=True)`, summed to where the optimizer's part lies."""
 
         def given(weight: jax.Array, role: Any) -> jax.Array:
             return weight if role.kind == "vector" else lent(weight, self.sums)
 
         params = jax.tree.map(given, params, self.roles)
         found, grads = jax.value_and_grad(loss, has_aux=True)(params, *args)
-        return found, own(grads, self.sums)
+        sums = set(self.sums)
+        return found, own(grads, tuple(a for a in axes_of(self.run.layout.optimizer) if a in sums))
 
     def batch(self) -> Batch:
         """The shapes of a batch."""

@@ -57,7 +57,12 @@ def loss(cut: Cut, table: Table, layers: Any, ends: Any, rows: Rows) -> tuple[ja
 
     def backward(gradients: Any, cotangents: Any) -> tuple[Any, Any, None]:
         g, _ = cotangents
-        return *jax.tree.map(lambda a: (a * g).astype(a.dtype), gradients), None
+
+        def times(a: jax.Array) -> jax.Array:
+            parts = jax.typeof(a).sharding.spec.unreduced  # of a sum; g is that of all of them
+            return (a * jax.reshard(g, jax.P(reduced=parts))).astype(a.dtype)
+
+        return *jax.tree.map(times, gradients), None
 
     total.defvjp(forward, backward)
     return total(layers, ends, rows)
@@ -145,8 +150,8 @@ class _Engine:
             stash=[_zeros(leaf, self.table.slots) for leaf in stash],
             constants=[_zeros(leaf) for leaf in constants],
             waiting=_zeros(x, self.table.gaps),
-            dlayers=jax.tree.map(jnp.zeros_like, self.layers),
-            dends=jax.tree.map(jnp.zeros_like, self.ends),
+            dlayers=jax.tree.map(_no_gradient, self.layers),
+            dends=jax.tree.map(_no_gradient, self.ends),
         )
 
     def clocks(self, start: int, stop: int) -> dict[str, Any]:
@@ -217,9 +222,7 @@ class _Engine:
         (y, loss_S), back, told = jax.vjp(stage, layers, x, has_aux=True)
         leaves, self.back_tree = jax.tree.flatten(back)
         given = {id(leaf): n for n, leaf in enumerate(jax.tree.leaves((layers, row)))}
-        self.sources = [
-            given.get(id(leaf), "stash" if _of_stages(leaf) else "constants") for leaf in leaves
-        ]
+        self.sources = [given[id(a)] if id(a) in given else _kept_in(a) for a in leaves]
         kept = tuple(
             [leaf for leaf, source in zip(leaves, self.sources, strict=True) if source == kind]
             for kind in ("stash", "constants")
@@ -282,11 +285,11 @@ class _Engine:
         return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, micro, keepdims=False), self.rows)
 
 
-def _of_stages(leaf: jax.Array) -> bool:
-    """Whether an array is split over stages: each has its own part."""
-    spec = _spec(leaf)
+def _kept_in(residual: jax.Array) -> str:
+    """Where one waits for its backward: one of stages has other values for each micro-batch."""
+    spec = _spec(residual)
     assert not spec.reduced, f"{spec}: a gathered weight would be kept for each micro-batch"
-    return stages.STAGE in sum(map(axes_of, spec), ())
+    return "stash" if stages.STAGE in sum(map(axes_of, spec), ()) else "constants"
 
 
 def _in_flight(x: Any) -> jax.ShapeDtypeStruct:
@@ -307,3 +310,10 @@ def _zeros(shape: Any, *lead: int) -> jax.Array:
     """Zeros of this shape, where it lies; more dims may lead."""
     spec = jax.P(*[None] * len(lead), *_spec(shape))
     return jnp.zeros((*lead, *shape.shape), shape.dtype, out_sharding=spec)
+
+
+def _no_gradient(weight: jax.Array) -> jax.Array:
+    """Zeros that gradients of a weight are added to: of one that is `reduced`, parts of a sum."""
+    spec = jax.typeof(weight).sharding.spec
+    spec = jax.P(*spec.partitions, unreduced=spec.reduced)
+    return jax.shard_map(jnp.zeros_like, out_specs=spec, check_vma=False)(weight)

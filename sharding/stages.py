@@ -9,6 +9,7 @@ Below it: how stages take from what they hold, and where they talk with one anot
 Shapes: S stages, B rows of each, V chunks of a stage, R layers of a chunk, L = R S V layers.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -125,7 +126,9 @@ def add(layers: Any, more: Any, index_S: jax.Array, on_S: jax.Array) -> Any:
 
         return jax.tree.map(one, layers, more)
 
-    return jax.shard_map(local, out_specs=_specs(layers))(layers, more, index_S, on_S)
+    # Unchecked, because a part of a sum that others make is a number like any other here.
+    over = jax.shard_map(local, out_specs=_specs(layers), check_vma=False)
+    return over(layers, more, index_S, on_S)
 
 
 def where(on_S: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
@@ -166,29 +169,50 @@ def deal(stack: jax.Array, repeats: int) -> jax.Array:
     A stage holds L / S neighbours. With V = 1 they are what it works on; otherwise it works on
     pieces of the line that lie S pieces apart, and V - V / S of its V pieces move.
     """
-    stages, V = stage_count(), repeats
+    spec = jax.typeof(stack).sharding.spec
+    apart = jax.P(None, *spec.partitions, reduced=spec.reduced)
+    lines = jax.shard_map(lambda own: own[:, None], out_specs=apart)(stack)
+    return lines if repeats == 1 else _dealt(repeats, lines)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dealt(repeats: int, lines: jax.Array) -> jax.Array:
+    """[V R, S, ...], each stage's own pieces of the line for those that it works on."""
+    return _change_places(lines, repeats, back=False)
+
+
+_dealt.defvjp(
+    lambda repeats, lines: (_dealt(repeats, lines), None),
+    lambda repeats, _, g: (_change_places(g, repeats, back=True),),
+)
+
+
+def _change_places(lines: jax.Array, V: int, *, back: bool) -> jax.Array:
+    """In V turns, in each of which every stage sends one piece and gets one; `back` undoes it."""
+    stages = stage_count()
     share = math.gcd(stages, V)
 
     def local(own: jax.Array) -> jax.Array:
-        if V == 1:
-            return own[:, None]
         pieces = own.reshape(V, -1, *own.shape[1:])
-        me, dealt = lax.axis_index(STAGE), jnp.zeros_like(pieces)
+        me, moved = lax.axis_index(STAGE), jnp.zeros_like(pieces)
         for turn in range(V):
-            # In a turn every stage sends one piece and gets one. With the same piece of each, those
-            # that are S / share apart would send to the same stage: so they begin at other pieces.
+            # With the same piece of each, those that are S / share apart would send to the same
+            # stage: so they begin at other pieces.
             which = [(turn + s * share // stages) % V for s in range(stages)]
             goes = [divmod(s * V + which[s], stages) for s in range(stages)]  # its chunk, its stage
             lands = {stage: chunk for chunk, stage in goes}
-            piece = lax.dynamic_index_in_dim(pieces, jnp.array(which)[me], keepdims=False)
+            ways = [(s, stage) for s, (_, stage) in enumerate(goes)]
+            takes, puts = jnp.array(which)[me], jnp.array([lands[s] for s in range(stages)])[me]
+            if back:
+                ways, takes, puts = [way[::-1] for way in ways], puts, takes
+            piece = lax.dynamic_index_in_dim(pieces, takes, keepdims=False)
             # Devices talk: pieces of the line of layers change places.
-            piece = lax.ppermute(piece, STAGE, [(s, stage) for s, (_, stage) in enumerate(goes)])
-            chunk = jnp.array([lands[s] for s in range(stages)])[me]
-            dealt = lax.dynamic_update_index_in_dim(dealt, piece, chunk, 0)
-        return dealt.reshape(-1, 1, *own.shape[1:])
+            piece = lax.ppermute(piece, STAGE, ways)
+            moved = lax.dynamic_update_index_in_dim(moved, piece, puts, 0)
+        return moved.reshape(own.shape)
 
-    spec = jax.typeof(stack).sharding.spec
-    return jax.shard_map(local, out_specs=jax.P(None, *spec))(stack)
+    # Unchecked, as in `add`.
+    return jax.shard_map(local, out_specs=jax.typeof(lines).sharding.spec, check_vma=False)(lines)
 
 
 def _specs(tree: Any) -> Any:

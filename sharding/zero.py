@@ -39,22 +39,23 @@ def several(axes: Axes) -> Axes:
 
 def lent(weight: jax.Array, axes: Axes) -> jax.Array:
     """`weight` to differentiate by: its gradient will be each device's own part of a sum over those
-    of `axes` that `apart_spec` adds. It can only enter a matmul, or what takes `varying` weights.
+    of `axes` that do not split it. It can only enter a matmul, or what takes `varying` weights.
     """
     spec = jax.typeof(weight).sharding.spec
-    apart = apart_spec(weight.shape, spec, several(axes))
-    split, before = ({axis for dim in dims for axis in axes_of(dim)} for dims in (apart, spec))
-    more = split - before
+    split = {axis for dim in spec for axis in axes_of(dim)}
+    more = set(several(axes)) - split
     return jax.reshard(weight, jax.P(*spec, reduced=more)) if more else weight
 
 
 def own(tree: Any, axes: Axes) -> Any:
     """Each array as `apart_spec` splits it. Copies let go of what others keep, and nothing moves;
-    of a sum whose parts are apart each device gets its own piece."""
+    a sum of which each device has a part is made, and each gets its own piece."""
     axes = several(axes)
 
     def part(a: jax.Array) -> jax.Array:
         spec = jax.typeof(a).sharding.spec
+        if not (axes or spec.unreduced):
+            return a
         apart = apart_spec(a.shape, spec, axes)
         if not spec.unreduced:
             return jax.reshard(a, apart)
@@ -62,7 +63,7 @@ def own(tree: Any, axes: Axes) -> Any:
         local = functools.partial(scattered, spec=apart, rows=tuple(spec.unreduced))
         return jax.shard_map(local, out_specs=apart)(a)
 
-    return jax.tree.map(part, tree) if axes else tree
+    return jax.tree.map(part, tree)
 
 
 def whole(tree: Any, like: Any) -> Any:

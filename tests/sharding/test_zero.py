@@ -17,6 +17,7 @@ from costs import targets
 from costs.collectives import collectives
 from costs.memory import state_bytes
 from optim.zero import split_over
+from sharding import mesh as meshes
 from sharding.layout import Layout
 from sharding.zero import apart_spec
 from tests.meshes import hybrid
@@ -139,6 +140,24 @@ def test_gradients_are_reduce_scattered_over_data_once():
     # What is summed over both axes at once: vectors, the loss.
     reduced = [math.prod(dims) for one in found if one.name == "all-reduce" for dims in one.shapes]
     assert max(reduced) < min(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("optimizer", "kind"), [("data", "reduce-scatter"), (None, "all-reduce")])
+def test_stages_sum_gradients_over_data_once_however_many_micro_batches(optimizer, kind):
+    mesh = parity.mesh_of({"data": 4, "stage": 2})
+    run = shrunk.shrunk_run(load("configs/quickstart.py"), 8, 1, stages=2)
+    run = dataclasses.replace(run, mesh=mesh, layout=Layout(optimizer=optimizer))
+    with jax.set_mesh(meshes.make(mesh, jax.devices()[:8])):
+        program = train.build(run)
+        text = parity.compiled(program, parity.CPU_OPTIONS).as_text()
+        whole = matrices(program)
+    assert run.optim.accumulate > 1
+    over_data = [one for one in collectives(text) if one.group == mesh.data]
+    once = sum(one.bytes for one in over_data if one.name == kind and one.times == 1)
+    vectors = 0 if optimizer else 0.1  # and the sums that are told
+    assert 4 * sum(whole) <= once <= (1 + vectors) * 4 * sum(whole)
+    assert max(one.bytes for one in over_data if one.times > 1) < 4 * min(whole)
 
 
 @pytest.mark.aot
