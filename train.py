@@ -31,6 +31,7 @@ from sharding import mesh as meshes
 from sharding.gather import Axes, axes_of
 from sharding.stages import stage_count
 from sharding.zero import lent, own
+from text import cache
 from training import twice
 from training.guard import Guard
 from training.lock import Lock
@@ -291,6 +292,8 @@ def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
     with command.user_input():
         cluster = (COORDINATOR.value, PROCESSES.value, PROCESS.value)
         watch.join(*cluster, run, timeout=CONNECT.value, heartbeat=HEARTBEAT.value)
+        devices = jax.device_count()
+        goodput.startup.lap("devices")
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(meshes.agree(int(time.time()))))
         workdir = Path(WORKDIR.value or f"runs/{run.name}-{stamp}")
         profile = Profile(workdir / "profile", PROFILE.value)
@@ -298,7 +301,7 @@ def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
         lock.take(workdir)
         with goodput.part("restore"):
             origin = Origin.find(run, workdir, RESTORE.value, weights)
-        check(run, jax.device_count())
+        check(run, devices)
         twice.check(run)
         mesh = meshes.make(run.mesh)
         offload.check(run.layout.host, jax.local_devices())
@@ -308,10 +311,12 @@ def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
         lock.take(workdir)  # if it was not there before
         if meshes.is_main():
             load.save(run, workdir / "config.json")
+        goodput.startup.lap("text")
     with jax.set_mesh(mesh), text.loader, profile, Signals() as signals:
         program = build(run)
         with command.user_input(), goodput.part("restore"):
             origin, state = origin.restore(program, text.loader)
+        goodput.startup.lap("state")
         with Loop(program, text, state, origin, workdir, watch, goodput) as loop:
             print_run(program, text, loop.speed, workdir)
             loop.run_steps(signals, profile)
@@ -333,4 +338,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    runtime.keep_programs(cache.folder() / "programs")
     main()

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from monitor.startup import Startup
+
 NAME = "goodput.json"
 PARTS = {  # in the order in which a moment belongs to them
     "steps": "steps that are part of the state",
@@ -31,6 +33,7 @@ class Goodput:
     """A clock that always runs, for one part of the time or another; of process 0."""
 
     def __init__(self):
+        self.startup = Startup()
         self._born, self._since = time.time(), time.monotonic()
         self._spent = dict.fromkeys(PARTS, 0.0)
         self._stack = ["other"]

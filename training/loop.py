@@ -65,6 +65,7 @@ class Loop:
         self.metrics.text("config", json.dumps(to_json(run), indent=2))
         self.progress = Progress(run.steps, origin.step, main=meshes.is_main())
         self.speed = Speed(run.model, run.data.seq)
+        goodput.startup.lap("matmul rate")
         self.pending: list[Pending] = []
         self.health = Health(run.guard, workdir, self.progress)
         self.second_pass = SecondPass(program)
@@ -80,11 +81,13 @@ class Loop:
         self.text.loader.start()  # reads while XLA compiles
         with self.goodput.part("compile"):
             compiled = self.program.compile()
+        self.goodput.startup.lap("compile")
         self.goodput.write()
         train_batch = Twice(compiled, run.guard.twice, partial(self.aside, "check"), self.progress)
         self.speed.start()
         with self.goodput.part("steps"), jax.transfer_guard("disallow"):
-            for step in range(self.step + 1, run.steps + 1):
+            first = self.step + 1
+            for step in range(first, run.steps + 1):
                 profile.before(step)
                 self.watch.at(step, READS)
                 with self.goodput.part("data"):
@@ -92,6 +95,8 @@ class Loop:
                 self.watch.at(step, COMPUTES)
                 rows = self.program.place(batch.arrays)
                 self.state, metrics = train_batch(step, self.state, rows)
+                if step == first:
+                    self.started(metrics)
                 if self.step % run.log.every == 0:
                     self.log()  # the step before, while the device works on this one
                 profile.after(step, metrics)
@@ -112,6 +117,12 @@ class Loop:
                     self.give_up()
             self.evaluate()
         self.watch.done()
+
+    def started(self, metrics: dict[str, jax.Array]) -> None:
+        """Tell how long it took until the first step was done."""
+        jax.block_until_ready(metrics)
+        self.goodput.startup.lap("step")
+        self.progress.print(f"start      {self.goodput.startup.told()}")
 
     def log(self) -> None:
         """Fetch the metrics of the steps since the last log and write the last one's row."""

@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from tests.tolerance import SAME
-from tests.training.conftest import NO_SAMPLE, Ended
+from tests.training.conftest import NO_SAMPLE, Ended, Process
 
 slow = pytest.mark.slow
 
@@ -46,6 +46,27 @@ def test_ctrl_c_saves_and_ends_with_its_code(start, run):
     step = re.search(r"stopped by SIGINT, step (\d+) saved; the same command goes on", err)[1]
     assert run.steps_saved() == [int(step)] and int(step) >= 4
     assert "Traceback" not in err
+
+
+@slow
+def test_the_command_keeps_its_programs_and_tells_how_it_began(recipe, tmp_path):
+    """The same run again compiles nothing, and its losses are the same bits."""
+    env = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "MESHLM_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+    losses, kept = [], []
+    for name in "ab":
+        args = [f"--config={recipe}", f"--workdir={tmp_path / name}", NO_SAMPLE]
+        more = ["--config.steps=2", "--config.checkpoint.every=0"]
+        code, out, err = Process(["train.py", *args, *more], tmp_path, env).end()
+        assert code == 0, err
+        parts = r"imports .* s, devices .*, text .*, state .*, compile .*, step .* s"
+        assert re.search(rf"start +[\d.]+ s to the end of the first step: {parts}", out), out
+        losses.append(Ended(0, "", "", [], tmp_path / name).losses())
+        kept.append({path.name for path in tmp_path.glob("programs/*/*-cache")})
+    assert kept[0] == kept[1] != set()
+    assert losses[0] == losses[1] != {}
 
 
 @slow
