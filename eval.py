@@ -41,6 +41,7 @@ from sharding import mesh as meshes
 from sharding import runtime
 from sharding.layout import SERVING, Layout
 from sharding.mesh import MeshConfig
+from text import cache
 
 POLL_S = 0.5  # between looks for a new checkpoint
 DELETED_S = 5.0  # within which a checkpoint that cannot be read turns out to be deleted
@@ -352,6 +353,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    runtime.keep_programs(cache.folder() / "programs")
     sys.exit(
         command.status(
             main,
