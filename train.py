@@ -318,7 +318,7 @@ def train_in(watch: Watch, lock: Lock, goodput: Goodput, run: Run) -> None:
             origin, state = origin.restore(program, text.loader)
         goodput.startup.lap("state")
         with Loop(program, text, state, origin, workdir, watch, goodput) as loop:
-            print_run(program, text, loop.speed, workdir)
+            print_run(loop, workdir)
             loop.run_steps(signals, profile)
             finish(loop, workdir)
 

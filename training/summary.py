@@ -4,7 +4,6 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
@@ -12,7 +11,6 @@ from jax.sharding import NamedSharding
 
 from configs.run import Run, describe, to_json
 from costs import flops, memory
-from costs.speed import Speed
 from inference.sampling import sample
 from model import transformer
 from monitor import report
@@ -21,11 +19,11 @@ from sharding import offload
 from sharding.schedule import Table
 from sharding.stages import stage_count
 from training.loop import Loop
-from training.text import Text
 
 
-def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
+def print_run(loop: Loop, workdir: Path) -> None:
     """What is about to run."""
+    program, text, speed = loop.program, loop.text, loop.speed
     if not meshes.is_main():
         return
     run = program.run
@@ -46,7 +44,7 @@ def print_run(program: Any, text: Text, speed: Speed, workdir: Path) -> None:
         *pipeline(run),
         f"hardware   {hardware()}, {rate:,.0f} GFLOP/s measured in {run.model.dtype} matmuls",
     ]
-    print("\n".join(lines), flush=True)
+    loop.progress.print("\n".join(lines))  # a run outlives whoever reads what it prints
 
 
 def pipeline(run: Run) -> list[str]:

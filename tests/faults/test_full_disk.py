@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint import manifest
 from checkpoint.store import Saved, Store
-from tests.training.conftest import NO_SAMPLE
+from tests.training.conftest import NO_SAMPLE, PATIENCE
 
 
 @pytest.fixture
@@ -161,3 +161,12 @@ def test_an_error_beside_the_run_is_told_before_the_next_save(command_line, monk
     assert told < later
     assert ended.steps_saved() == [6, 8, 12]
     assert "Traceback" not in ended.err, ended.err
+
+
+@pytest.mark.slow
+def test_a_run_outlives_whoever_reads_what_it_prints(start, tmp_path):
+    run = start(tmp_path / "run", NO_SAMPLE)
+    run.stdout.close()  # before its first line
+    assert run.wait(PATIENCE) == 0, run.stderr.read()
+    assert "Traceback" not in run.stderr.read()
+    assert (tmp_path / "run" / "checkpoints" / "12").is_dir()
