@@ -114,6 +114,7 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
         zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, first))
         (told, grads), _ = jax.lax.scan(add, zero, parts)
 
+    # Devices talk over the whole mesh: the gradients' norm, 4 bytes for each parameter's.
     nats, size = told.pop("nats"), norm(grads)
     good, guard, judged = state.guard.judge(run.guard, nats, size)
     number = state.step - state.guard.skipped  # of this step, among those that were taken

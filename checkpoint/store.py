@@ -181,7 +181,8 @@ def _room(folder: Path, need: int) -> None:
     will do: how far orbax compresses them is unknown, and a disk that fills up on the way is told
     as well, with more noise from its threads."""
     free = shutil.disk_usage(folder).free
-    # Devices talk: a process that saves would wait for one that does not.
+    # Devices talk over the whole mesh, 8 bytes of each process: one that saves would wait for one
+    # that does not.
     if meshes.agree(int(free < need)):
         why = f"No space left on device: {free:,} bytes free, and the state takes {2 * need:,}"
         raise OSError(errno.ENOSPC, why if free < need else "No space left for another process")

@@ -194,7 +194,7 @@ def score(
         where = jax.typeof(z_BCV).sharding
         ids_BCV = lax.broadcasted_iota(jnp.int32, z_BCV.shape, 2, out_sharding=where)
         own_BC = jnp.sum(jnp.where(ids_BCV == targets_BC[..., None], z_BCV, 0), axis=-1)
-        # Devices talk: each holds part of the vocabulary, and these need all of it.
+        # Devices talk over `vocab`: these need all of it, two numbers of 4 bytes a place.
         top_BC = jnp.max(z_BCV, axis=-1)
         total_BC = jnp.sum(jnp.exp(z_BCV - top_BC[..., None]), axis=-1)
         return own_BC - top_BC - jnp.log(total_BC), own_BC >= top_BC

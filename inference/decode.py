@@ -85,7 +85,7 @@ class Model:
             counts_B = active_B.astype(jnp.int32)
             x_BTD, cache = model.extend(state.last[:, None], counts_B, state.cache)
             z_BTV = model.head.logits(x_BTD, model.table())
-            # Devices talk: a row's logits come together.
+            # Devices talk over `vocab`: a row's logits come together, 4 V bytes.
             z_BV = jax.reshard(z_BTV, self.layout.spec("batch", None, None))[:, 0]
             rows, spec = self.layout.spec("batch"), self.layout.spec("batch", None)
             choose = jax.shard_map(self.choose, out_specs=(rows, spec))
@@ -94,6 +94,7 @@ class Model:
             return State(cache, last_B, seen_BV), ids_B
 
         state, ids_NB = lax.scan(step, state, None, length=steps, unroll=steps == 1)
+        # Devices talk over `batch`: all get the chosen tokens, 4 bytes each.
         return state, jax.reshard(ids_NB, jax.P())
 
     def choose(

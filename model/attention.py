@@ -92,7 +92,8 @@ class SelfAttention(nnx.Module):
         """(y_BTD, the rows' keys and values); `cache` holds those of the tokens before them."""
         rows, *_ = where = jax.typeof(x_BTD).sharding.spec
         tokens = jax.typeof(context.segments).sharding.spec[1]
-        # Devices talk: tokens that lie apart between the blocks only come together.
+        # Devices talk over `residual`: tokens that lie apart between the blocks only come together;
+        # the bytes of x.
         q_BTKGH, k_BTKH, v_BTKH = self.project(x_BTD, rows, tokens)
         if self.q_norm is not None:
             q_BTKGH, k_BTKH = self.q_norm(q_BTKGH), self.k_norm(k_BTKH)
@@ -104,7 +105,8 @@ class SelfAttention(nnx.Module):
         over = functools.partial(jax.shard_map, out_specs=jax.typeof(q_BTKGH).sharding.spec)
         if tokens:
             assert cache is None and "cache" not in context.keep, "decoding needs whole rows"
-            # Devices talk: tokens are split, so keys and values go round.
+            # Devices talk over `sequence`: tokens are split, so keys and values go round, their
+            # bytes P - 1 times.
             block = self.block(documents=context.documents)
             o_BTKGH = self.attend_ring(q_BTKGH, k_BTKH, v_BTKH, context.segments, block=block)
         elif cache is not None:
@@ -114,7 +116,8 @@ class SelfAttention(nnx.Module):
             attend = self.attend_fresh if "cache" in context.keep else attend
             over = functools.partial(over, check_vma=kernels.engine.checks())
             o_BTKGH = over(attend)(q_BTKGH, k_BTKH, v_BTKH, context.segments)
-        # Heads are split over tensor: the sum over them crosses devices, to where x lives.
+        # Devices talk over `heads`: the sum over heads crosses them, to where x lives; the bytes
+        # of y, or twice where tokens lie together.
         y_BTD = self.out(o_BTKGH, out=where)
         return y_BTD, (jnp.moveaxis(k_BTKH, 1, 3), jnp.moveaxis(v_BTKH, 1, 2))
 

@@ -98,7 +98,7 @@ class RowHead(nnx.Module):
     def logits(self, x_BTD: jax.Array, _: jax.Array) -> jax.Array:
         """[B, C] float32, or [B, D] without a classifier."""
         first_1T1 = (jnp.arange(x_BTD.shape[1]) == 0)[None, :, None]
-        # Devices talk where tokens are split: one of them has the first.
+        # Devices talk over `sequence`: one of them has the first token, twice the bytes of its D.
         x_BTD = jnp.sum(jnp.where(first_1T1, x_BTD, 0), axis=1, keepdims=True)
         y_BTD = self.curve(self.dense(x_BTD))
         if self.classifier is not None:
@@ -175,7 +175,8 @@ def over_devices(x_BTD, table_VD, targets_BT, weights_BT, head, passes, *, gradi
     )
 
     def body(x_BTD, *others):
-        # Devices talk: tokens come together, and the parts of their gradient are scattered.
+        # Devices talk over `apart`: tokens come together, and the parts of their gradient are
+        # scattered; the bytes of x_BTD, twice.
         x_BTD = lax.all_gather(x_BTD, apart, axis=1, tiled=True) if apart else x_BTD
         sums, found = local(x_BTD, *others)
         if apart and gradients:
@@ -214,7 +215,7 @@ def local_loss(
         sums, dtable_Dv = carry
         x_CD, target_C, weight_C = chunk
         z_Cv = cap(table.logits(x_CD, head.logits).astype(jnp.float32), head.softcap)
-        # Devices talk: each holds part of the vocabulary, and softmax needs all of it.
+        # Devices talk over `vocab`: softmax needs all of it, three numbers of 4 bytes a token.
         top_C = over_vocab(lax.pmax, jnp.max(z_Cv, axis=-1))
         exp_Cv = jnp.exp(z_Cv - top_C[:, None])
         total_C = over_vocab(lax.psum, jnp.sum(exp_Cv, axis=-1))
@@ -236,6 +237,7 @@ def local_loss(
             dz_Cv *= 1 - (z_Cv / head.softcap) ** 2
         dz_Cv = dz_Cv.astype(x_CD.dtype)
         dx_CD = table.dgrad(dz_Cv)
+        # Devices talk over `summed`: each has its vocabulary's part of dx, twice the bytes of x_CD.
         dx_CD = lax.psum(dx_CD, summed) if summed else dx_CD
         dtable_Dv += table.wgrad(dz_Cv, x_CD)
         return (sums, dtable_Dv), dx_CD
@@ -249,12 +251,13 @@ def local_loss(
     (sums, dtable_Dv), dxs = lax.scan(
         one_chunk, (sums, dtable_Dv), (xs, targets, weights), unroll=chunks == 1
     )
-    # Devices talk: the loss is summed over all rows.
+    # Devices talk over `rows`: the loss is of all, 8 bytes.
     sums = tuple(lax.psum(s, rows) if rows else s for s in sums)
     if not gradients:
         return sums, None
     dx_BTD = dxs.reshape(-1, D)[:N].reshape(x_BTD.shape)
-    # Devices talk: the table's gradient is reduce-scattered to where its slices of D live.
+    # Devices talk over `rows`: the table's gradient, scattered to where its slices of D live as it
+    # is summed; 4 bytes for each of D v numbers, then twice those of its part.
     parts = tuple(jax.typeof(table_vd).mat.reduced)  # whose sum is for others to make
     copies = tuple(axis for axis in rows if axis not in embed + parts)
     dtable_dv = (

@@ -137,7 +137,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.scale[...].astype(jnp.float32)
         x32 = x.astype(jnp.float32)
-        # Where the scale is split, devices talk: the mean is over all of its dims.
+        # Devices talk over what splits the scale: the mean is of all dims, 4 bytes a token.
         dims = tuple(range(-self.dims, 0))
         x32 *= lax.rsqrt(jnp.mean(x32 * x32, axis=dims, keepdims=True) + self.eps)
         return (x32 * aligned(self.offset + scale, x)).astype(x.dtype)
@@ -189,7 +189,7 @@ class Embedding(nnx.Module):
     def __call__(self, ids_BT: jax.Array, dtype: str, out: jax.P) -> jax.Array:
         """[B, T, D] in `dtype`, where `out` says.
 
-        Devices talk three times: each fsdp group shares its ids, looks all of them up in its slice
+        In three steps: each fsdp group shares its ids, looks all of them up in its slice
         of D, and trades slices for rows; over tensor the parts of the vocabulary are summed, and
         the sums scattered if `out` wants tokens apart.
         """
@@ -200,14 +200,17 @@ class Embedding(nnx.Module):
         summed = tuple(axis for axis in vocab if axis not in apart)
 
         def local(table_vd: jax.Array | QArray, ids_bT: jax.Array) -> jax.Array:
+            # Devices talk over what splits D: each takes the others' ids, 4 bytes a token.
             ids_BT = lax.all_gather(ids_bT, embed, axis=0, tiled=True) if embed else ids_bT
             table_vd = jax.tree.map(varying, table_vd)
             own = ids_BT - lax.axis_index(vocab) * table_vd.shape[0] if vocab else ids_BT
             x_BTd = lookup(table_vd, own, dtype)
+            # Devices talk over what splits V: all but one add zeros, the bytes of x_BTd.
             x_BTd = lax.psum(x_BTd, summed) if summed else x_BTd
             if apart:
                 x_BTd = lax.psum_scatter(x_BTd, apart, scatter_dimension=1, tiled=True)
             if embed:
+                # Devices talk over what splits D: slices of D for rows, the bytes of x_BTd.
                 return lax.all_to_all(x_BTd, embed, split_axis=0, concat_axis=2, tiled=True)
             return x_BTd
 

@@ -48,7 +48,8 @@ class GatedMlp(nnx.Module):
         else:
             gate_BTF, up_BTF = (checkpoint_name(y_BTF, "up") for y_BTF in self.gate_up.each(x_BTD))
         h_BTF = self.curve(gate_BTF) * up_BTF
-        # F is split over tensor: the sum over it crosses devices, to where x lives.
+        # Devices talk over `mlp`: the sum over F crosses them, to where x lives; the bytes of x, or
+        # twice where tokens lie together.
         return self.down(h_BTF, out=jax.typeof(x_BTD).sharding.spec)
 
 
@@ -72,7 +73,8 @@ class PlainMlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         h_BTF = self.curve(checkpoint_name(self.up(x_BTD), "up"))
-        # F is split over tensor: the sum over it crosses devices, to where x lives.
+        # Devices talk over `mlp`: the sum over F crosses them, to where x lives; the bytes of x, or
+        # twice where tokens lie together.
         return self.down(h_BTF, out=jax.typeof(x_BTD).sharding.spec)
 
 

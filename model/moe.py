@@ -40,9 +40,10 @@ class Split(NamedTuple):
     def whole(self, weight: jax.Array, dim: int, rows: tuple[str, ...]) -> jax.Array:
         """A device's part of a weight with D, its `dim`, whole, to meet rows split over `rows`."""
         copies = tuple(axis for axis in rows if axis not in self.embed)
-        # Devices talk, backward: gradients are reduce-scattered, then summed over the copies.
+        # Devices talk, backward, over `rows`: gradients are scattered as they are summed, then
+        # summed over the copies; the bytes of the weight, then twice those of the part.
         weight = varying(weight, copies)
-        # Devices talk: D is gathered, in compute precision.
+        # Devices talk over `embed`: D is gathered, the weight's bytes in compute precision.
         return lax.all_gather(weight, self.embed, axis=dim, tiled=True) if self.embed else weight
 
 
@@ -103,21 +104,24 @@ class MoeMlp(nnx.Module):
     def local(self, split: Split, x_BTD, segments_BT, router_Ed, gate_up_eCfd, down_edf):
         """One device's rows through the experts, and the parts of experts that it holds."""
         if split.apart:
-            # Devices talk: each holds a part of F for all tokens, of whom it has some.
+            # Devices talk over `apart`: each holds a part of F for all tokens, of whom it has some;
+            # the bytes of x_BTD.
             x_BTD = lax.all_gather(x_BTD, split.apart, axis=1, tiled=True)
             segments_BT = lax.pcast(segments_BT, split.apart, to="varying")
         x_ND, valid_N = x_BTD.reshape(-1, x_BTD.shape[-1]), segments_BT.reshape(-1) > 0
         rows = split.rows + split.apart  # the latter see each token: that leaves all means the same
         router_ED = split.whole(router_Ed.astype(x_ND.dtype), 1, rows)
         weight_NA, expert_NA, stats = self.route(x_ND, valid_N, router_ED, rows)
-        # Devices talk, backward: each holds a part of F, and what these ask of x is summed.
+        # Devices talk, backward, over `others`: each holds a part of F, and what these ask of x is
+        # summed; twice the bytes of x_ND.
         others = tuple(axis for axis in split.hidden if axis not in split.apart)
         x_ND, weight_NA = lax.pcast((x_ND, weight_NA), others, to="varying")
         through = functools.partial(self.through, split)
         if split.experts:  # what holds the rows of other devices is too large to keep
             through = from_arguments(through)
         y_ND = through(x_ND, weight_NA, expert_NA, gate_up_eCfd, down_edf)
-        # Devices talk: F is split over tensor, and the sum over it crosses devices.
+        # Devices talk over `hidden`: F is split, and its sum crosses devices; twice the bytes of y,
+        # or once where tokens lie apart.
         y_BTD = y_ND.reshape(x_BTD.shape)
         y_BTD = lax.psum(y_BTD, others) if others else y_BTD
         if split.apart:
@@ -195,7 +199,7 @@ class MoeMlp(nnx.Module):
             "chosen_E": jnp.sum(jax.nn.one_hot(expert_NA, E).sum(axis=1) * valid_N1, axis=0),
             "z": jnp.sum(jax.nn.logsumexp(z_NE, axis=-1) ** 2 * valid_N1[:, 0]),
         }
-        # Devices talk: the balance is that of all rows, wherever they are.
+        # Devices talk over `rows`: the balance is that of all, 8 E bytes and a few.
         sums = lax.psum(sums, rows) if rows else sums
         tokens = jnp.maximum(sums["tokens"], 1)
         load_E = sums["chosen_E"] * (E / A) / tokens

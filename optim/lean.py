@@ -71,7 +71,7 @@ def step(
     done = when.number.astype(jnp.float32) + 1
     share = jnp.float32(1)
     if cfg.clip:
-        # Devices talk: the norm is over all parameters.
+        # Devices talk over the whole mesh: the norm is of all gradients, a number's bytes of each.
         share = cfg.clip / jnp.maximum(norm(grads), cfg.clip)
     whole, tree = jax.tree.flatten(params)
     split = tree.flatten_up_to

@@ -109,7 +109,8 @@ def make_muon(cfg: OptimConfig, steps: int, roles: Any) -> optax.GradientTransfo
     )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        # Products of a split matrix with itself: XLA chooses where devices talk.
+        # Devices talk over what splits a matrix: products of it with itself, whose bytes XLA
+        # sends where it chooses.
         where = jax.tree.map(lambda a: jax.typeof(a).sharding, (updates, state))
         return auto_axes(turn.update, out_sharding=where)(updates, state, params)
 

@@ -197,7 +197,8 @@ class Ring:
             keys, sums = lax.optimization_barrier((keys, sums))  # no more than one on its way
             visitor = keys, self.visiting(places, visit)
             if visit is not self.plan[-1]:
-                # Devices talk: the next keys are on their way while these are worked on.
+                # Devices talk over `axes`: the next keys and values are on their way while
+                # these are worked on; 2 B n K H numbers' bytes, n tokens that others see.
                 keys = self.pass_on(self.seen(keys), hop)
             for slot in visit.slots:
                 sums = self.each(slot, functools.partial(attend, visitor), sums)
@@ -226,7 +227,8 @@ class Ring:
         for visit, hop in zip(self.plan, self.hops, strict=True):
             keys, moving, dq = lax.optimization_barrier((keys, moving, dq))
             visitor = keys, self.visiting(places, visit)
-            # Devices talk: as in the forward pass, and gradients follow the keys that they are of.
+            # Devices talk over `axes`: keys and values as in the forward pass, and their gradients
+            # follow them, in float32: as many numbers, 4 bytes each.
             if visit is not self.plan[-1]:
                 keys = self.pass_on(self.seen(keys), hop)
             if moving is not None:
@@ -241,7 +243,7 @@ class Ring:
                 moving = more if moving is None else moving + more
             before = hop
         if moving is not None:
-            # Devices talk: the gradients come home.
+            # Devices talk over `axes`: the gradients come home, as many bytes.
             moving = self.pass_on(moving, before)
             unseen = own.shape[2] - moving.shape[2]
             own += jnp.pad(moving, [(0, 0), (0, 0), (unseen, 0), *[(0, 0)] * 3])
@@ -253,7 +255,7 @@ class Ring:
         """(keys and values [B, C, N, 2, K, H], the segments of all devices [P, B, C, N])."""
         # One array, because a GPU sends one at a time while it works.
         keys = self.chunked(jnp.stack([k_BTKH, v_BTKH], axis=2))
-        # Devices talk: segments are small, so each gets those of all at once.
+        # Devices talk over `axes`: segments, 4 bytes a token, so each gets those of all at once.
         return keys, lax.all_gather(self.chunked(segments_BT), self.axes)
 
     def visiting(self, places: jax.Array, visit: Visit) -> jax.Array:
@@ -276,6 +278,7 @@ class Ring:
     def pass_on(self, array: jax.Array, hop: int) -> jax.Array:
         """That of the device `hop` before this one."""
         to = [(i, (i + hop) % self.ways) for i in range(self.ways)]
+        # Devices talk over `axes`: each with one `hop` on, the bytes of the array.
         return lax.ppermute(array, self.axes, to)
 
     def each(self, slot: Slot, work: Callable[..., Any], sums: Any) -> Any:

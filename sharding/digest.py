@@ -42,7 +42,7 @@ def digests(tree: Any, mesh: Mesh) -> dict[Axes, np.ndarray]:
 
 def _told(numbers: jax.Array) -> np.ndarray:
     """The numbers of all devices, on every host."""
-    # Devices talk: each process tells the others of its devices' numbers.
+    # Devices talk over the whole mesh: their numbers, 4 bytes for each set of axes.
     return np.asarray(multihost_utils.process_allgather(numbers, tiled=True))
 
 

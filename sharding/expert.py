@@ -89,7 +89,7 @@ class Exchange:
         row_NK = jnp.where(goes_NK > 0, row_NK, N * K)
         token_NK = jnp.broadcast_to(jnp.arange(N, dtype=jnp.int32)[:, None], (N, K))
         source = jnp.full(N * K, N, jnp.int32).at[row_NK].set(token_NK, mode="drop")
-        # Devices talk: how many rows go where, and where they come back to.
+        # Devices talk over `axes`: how many rows go where, and where they come back to; 8 P bytes.
         arriving, home = lax.all_to_all(jnp.stack([size, start]), axes, 1, 1, tiled=True)
         slots = N * jnp.arange(P, dtype=jnp.int32)  # whoever sends has N rows of its own
         there = Trip(start, size, jnp.full(P, N, jnp.int32) * me)
@@ -142,7 +142,7 @@ def _ragged(rows: jax.Array, trip: Trip, back: Trip, length: int, axes: Axes) ->
     # Zeros, but XLA cannot know it: a constant would be copied from outside the loop over layers.
     zeros = jnp.where(back.size[0] < 0, rows[:1], jnp.zeros_like(rows[:1]))
     out = jnp.broadcast_to(zeros, (length, *rows.shape[1:]))
-    # Devices talk: tokens travel.
+    # Devices talk over `axes`: tokens travel, the bytes of those rows that the trip has.
     return lax.ragged_all_to_all(
         rows, out, trip.start, trip.size, trip.landing, back.size, axis_name=axes
     )
@@ -158,7 +158,8 @@ def _dense(
         return jnp.where(i < trip.size[:, None], trip.start[:, None] + i, beyond)
 
     blocks = rows.at[slots(trip, len(rows))].get(mode="fill", fill_value=0)
-    # Devices talk: tokens travel, and as much padding as the worst case has room for.
+    # Devices talk over `axes`: tokens travel, and as much padding as the worst case has room for;
+    # the bytes of `most` rows to each.
     blocks = lax.all_to_all(blocks, axes, 0, 0, tiled=True)
     out = jnp.zeros((length, *rows.shape[1:]), rows.dtype)
     return out.at[slots(back, length)].set(blocks, mode="drop")

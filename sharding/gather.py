@@ -73,6 +73,7 @@ def gathered(w: jax.Array, spec: Sequence, rows: Axes, to: str = "varying") -> j
         axes = tuple(axis for axis in axes_of(dim) if axis in rows)
         if axes:
             w = jnp.moveaxis(w, i, 0)
+            # Devices talk over `rows`: each takes the weight's other parts; the bytes of the whole.
             w = lax.all_gather(w, axes, axis=0, tiled=True, to=to)
             w = jnp.moveaxis(w, 0, i)
     return w
@@ -88,7 +89,9 @@ def scattered(dw: jax.Array, spec: Sequence, rows: Axes) -> jax.Array:
         axes = tuple(axis for axis in axes_of(dim) if axis in rows)
         if axes:
             dw = jnp.moveaxis(dw, i, 0)
+            # Devices talk over `rows`: sums of a gradient; the bytes of the whole weight.
             dw = lax.psum_scatter(dw, axes, scatter_dimension=0, tiled=True)
             dw = jnp.moveaxis(dw, 0, i)
     copies = tuple(axis for axis in rows if axis not in split)
+    # Devices talk over what is left of `rows`: the same sum, twice the bytes of a device's part.
     return lax.psum(dw, copies) if copies else dw

@@ -126,6 +126,7 @@ class _Engine:
             if forward or backward:
                 clock = functools.partial(self.clock, forward=forward, head=head, backward=backward)
                 state, _ = lax.scan(clock, state, self.clocks(start, stop))
+        # Devices talk over `stage`: what each tells of its layers, 4 bytes a number.
         told = state.sums | jax.tree.map(jnp.sum, state.sums_S)
         total = told.pop("loss") + told.pop("loss_S")
         return (total, told), (state.dlayers, state.dends) if self.gradients else None

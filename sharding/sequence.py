@@ -27,6 +27,7 @@ def whole(x: jax.Array, dim: int, axes: Axes) -> jax.Array:
     out = (without(part, axes) if i == dim else part for i, part in enumerate(spec))
 
     def local(x: jax.Array) -> jax.Array:
+        # Devices talk over `axes`: activations, the bytes of x whole along the dim.
         return lax.all_gather(x, axes, axis=dim, tiled=True, to="reduced")
 
     return jax.shard_map(local, out_specs=jax.P(*out, reduced=set(axes)))(x)
@@ -41,6 +42,7 @@ def scattered(y: jax.Array, dim: int, axes: Axes) -> jax.Array:
     out = ((*axes_of(part), *axes) if i == dim else part for i, part in enumerate(spec))
 
     def local(y: jax.Array) -> jax.Array:
+        # Devices talk over `axes`: parts of activations' sums, the bytes of y.
         return lax.psum_scatter(y, axes, scatter_dimension=dim, tiled=True)
 
     return jax.shard_map(local, out_specs=jax.P(*out))(y)

@@ -147,7 +147,7 @@ def send(x: jax.Array, by: int, *, around: bool) -> jax.Array:
     """Rows in flight, `by` stages on; from end to end if they go `around`, or zeros there."""
     stages = stage_count()
     ways = [(s, (s + by) % stages) for s in range(stages) if around or 0 <= s + by < stages]
-    # Devices talk: each stage with the next.
+    # Devices talk over `stage`: each with the next, the bytes of its rows in flight.
     local = lambda x: lax.ppermute(x, STAGE, ways)  # noqa: E731
     return jax.shard_map(local, out_specs=jax.typeof(x).sharding.spec)(x)
 
@@ -156,7 +156,7 @@ def take(x: jax.Array, on_S: jax.Array) -> jax.Array:
     """[S B, ...] to [B, ...]: the rows of the one stage that is on, for all; zeros if none is."""
 
     def local(x: jax.Array, on: jax.Array) -> jax.Array:
-        # Devices talk: one stage tells the others.
+        # Devices talk over `stage`: one tells the others, twice the bytes of its rows.
         return lax.psum(jnp.where(on[0], x, 0), STAGE)
 
     rows, *rest = jax.typeof(x).sharding.spec
@@ -206,7 +206,7 @@ def _change_places(lines: jax.Array, V: int, *, back: bool) -> jax.Array:
             if back:
                 ways, takes, puts = [way[::-1] for way in ways], puts, takes
             piece = lax.dynamic_index_in_dim(pieces, takes, keepdims=False)
-            # Devices talk: pieces of the line of layers change places.
+            # Devices talk over `stage`: layers change places, the bytes of one of V pieces.
             piece = lax.ppermute(piece, STAGE, ways)
             moved = lax.dynamic_update_index_in_dim(moved, piece, puts, 0)
         return moved.reshape(own.shape)

@@ -59,7 +59,8 @@ def own(tree: Any, axes: Axes) -> Any:
         apart = apart_spec(a.shape, spec, axes)
         if not spec.unreduced:
             return jax.reshard(a, apart)
-        # Devices talk: gradients are summed to where their part of the optimizer lies.
+        # Devices talk over what a sum is apart on: gradients, to where the optimizer's part lies;
+        # the bytes of the parameter.
         local = functools.partial(scattered, spec=apart, rows=tuple(spec.unreduced))
         return jax.shard_map(local, out_specs=apart)(a)
 
@@ -70,7 +71,7 @@ def whole(tree: Any, like: Any) -> Any:
     """Each array as the one in its place in `like` lies: what `own` split is gathered."""
 
     def gathered(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Devices talk: each copy tells the others of its part.
+        # Devices talk over `optimizer`: each copy tells of its part, the bytes of the parameter.
         return jax.reshard(a, jax.typeof(b).sharding.spec)
 
     return jax.tree.map(gathered, tree, like)

@@ -119,7 +119,7 @@ def talk(q, k, v, segments, do) -> Any:
     def local(k, v, segments):
         keys = jnp.stack([k, v])
         gradients, forward = keys.astype(jnp.float32), keys
-        # Devices talk, as in sharding/context.py.
+        # Devices talk over `context`, the same bytes as in sharding/context.py.
         for _ in range(ways - 1):
             forward = lax.ppermute(forward, "context", to)
         for _ in range(ways - 1):

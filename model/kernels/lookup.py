@@ -30,7 +30,7 @@ def lookup(table_VD: jax.Array | QArray, ids_BT: jax.Array, dtype: str) -> jax.A
     """
     if platform() != "gpu" or not runtime.same_bits() or isinstance(table_VD, QArray):
         return plain(table_VD, ids_BT, dtype)
-    # Devices talk, backward: what their ids ask of the same rows is summed.
+    # Devices talk, backward, over what splits the ids: the table's gradient, 4 bytes a number.
     apart = jax.typeof(ids_BT).mat.varying - jax.typeof(table_VD).mat.varying
     table_VD = lax.pcast(table_VD.astype(jnp.float32), tuple(sorted(apart)), to="varying")
     return in_order(table_VD, ids_BT, dtype)

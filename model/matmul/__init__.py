@@ -56,6 +56,8 @@ def einsums(
         return [jax.reshard(product(x, w, inputs), out) for w in ws]
     plan = Plan.make(spec, x_sharding.spec, w_spec, out)
     x = placed(x, plan.x)
+    # Devices talk over the plan's axes: x comes together, weights are gathered, and sums over
+    # contracted dims made or scattered; the bytes of each, in x's dtype.
     for dim, axes in plan.gathers:
         x = sequence.whole(x, dim, axes)
     ys = [jnp.einsum(spec, x, gather(w, plan.rows), out_sharding=plan.y) for w in ws]

@@ -174,7 +174,8 @@ def _backward(
     for (_, dyT_OR), w in zip(pairs, ws, strict=True):
         dw_OI = multiplied(dyT_OR, xT_IR, x.dtype)
         dw = dw_OI.reshape(*w.shape[: way.batch], *outputs_of(way, w), *x.shape[-way.inputs :])
-        # Devices talk: gradients are reduce-scattered to where weights lie, in compute precision.
+        # Devices talk over `rows`: gradients, to where weights lie, the weight's bytes in compute
+        # precision.
         dw = scattered(dw, way.w, rows).astype(w.dtype)
         dws.append(lax.pcast(dw, apart, to="unreduced"))
     return dx, tuple(dws)
@@ -239,12 +240,12 @@ def weight(way: Way, w: jax.Array, form: Format, dtype: jax.typing.DTypeLike) ->
     """[O, I]: a weight, gathered as what it is rounded to, with scales of its outputs."""
     w = varying(w)
     if form.exact:
-        # Devices talk: weights are gathered, in compute precision.
+        # Devices talk over the plan's `rows`: a weight, its bytes in compute precision.
         return matrix(way.whole(w.astype(dtype), way.w), way.inputs)
     w_OI, outer = matrix(w, way.inputs), way.w[: len(way.w) - way.inputs]
     block = block_of(w_OI.shape[1], form.group)
     values, scales, _ = Rounding(OF_VALUES[form.kind], block, every(way.inner)).by_row(w_OI)
-    # Devices talk: weights are gathered, as values of 8 bits and their scales.
+    # Devices talk over the plan's `rows`: a weight's values, a byte each, and their scales, 4.
     values = matrix(way.whole(values.reshape(w.shape), way.w), way.inputs)
     scales = scales.reshape(*w.shape[: len(outer)], -1)
     scales = way.whole(scales, (*outer, every(way.inner) if block else None))
@@ -257,7 +258,7 @@ def weight_turned(way: Way, w: jax.Array, form: Format) -> Rounded:
     block = block_of(len(w_OI), form.group)
     rounding = Rounding(OF_VALUES[form.kind], block, every(way.outer))
     values, scales, _ = rounding.by_column(w_OI)
-    # Devices talk: weights are gathered, as values of 8 bits and their scales.
+    # Devices talk over the plan's `rows`: a weight's values, a byte each, and their scales, 4.
     values = values.reshape(*inner, *w.shape[way.batch : w.ndim - way.inputs])
     values = way.whole(values, (*way.inner, *way.outer))
     values = values.reshape(math.prod(values.shape[: way.inputs]), -1)
@@ -270,7 +271,7 @@ def weight_turned(way: Way, w: jax.Array, form: Format) -> Rounded:
 def together(x: jax.Array, dims: Sequence[tuple[int, Axes]]) -> jax.Array:
     """x whole along these dims."""
     for dim, axes in dims:
-        # Devices talk: rows that lie apart between matmuls come together.
+        # Devices talk over these axes: rows that lie apart come together, the bytes of x whole.
         x = lax.all_gather(x, axes, axis=dim, tiled=True)
     return x
 
@@ -279,7 +280,7 @@ def summed(y: jax.Array, axes: Axes, scatters: Sequence[tuple[int, Axes]]) -> ja
     """The sum of y over mesh axes, split over those of `scatters`."""
     apart = [axis for _, some in scatters for axis in some]
     rest = tuple(axis for axis in axes if axis not in apart)
-    # Devices talk: each has part of the contracted dim.
+    # Devices talk over `axes`: each has part of the contracted dim; the bytes of y, or twice.
     for dim, some in scatters:
         y = lax.psum_scatter(y, some, scatter_dimension=dim, tiled=True)
     return lax.psum(y, rest) if rest else y

@@ -61,7 +61,7 @@ class Rounding(NamedTuple):
         if self.alike is not None:
             largest_R = jnp.broadcast_to(jnp.max(largest_R), largest_R.shape)
         over = (*self.over, *(self.alike or ()))
-        # Devices talk: they agree on a scale.
+        # Devices talk over `over`: they agree on scales, 4 bytes a row.
         return lax.pmax(largest_R, over) if over else largest_R
 
 

@@ -180,7 +180,7 @@ def _forward(way: Way, x: jax.Array, *ws: QArray) -> tuple[jax.Array, ...]:
     x_RI = matrix(x, way.inputs)
     for w in ws:
         outer = way.w[: len(way.w) - way.inputs]
-        # Devices talk: weights are gathered, as they are stored.
+        # Devices talk over the plan's `rows`: weights are gathered, the bytes that they lie in.
         line = every(way.inner)
         dims = (*outer, line) if w.packed else way.w, (*outer, line if w.group else None)
         values, *scaled = (

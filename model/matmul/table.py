@@ -40,7 +40,7 @@ class Table(NamedTuple):
         forward, dgrad = Format.parse(passes.forward), Format.parse(passes.dgrad)
 
         def whole(form: Format) -> Operand:
-            # Devices talk: the slices of D are gathered, as what they are rounded to.
+            # Devices talk over `embed`: slices of D, the bytes of what they are rounded to.
             gather = lambda a: lax.all_gather(a, embed, axis=1, tiled=True) if embed else a  # noqa: E731
             if form.exact:
                 return gather(table_vd.astype(dtype))
