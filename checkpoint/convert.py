@@ -101,7 +101,8 @@ def whole(target: Path) -> Iterator[Path]:
         yield folder
         folder.rename(target)
     except (OSError, ValueError, RuntimeError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        full = ("No space left", "requested and")  # NumPy says how much of an array it wrote
+        if getattr(error, "errno", None) == errno.ENOSPC or any(o in str(error) for o in full):
             raise OSError(errno.ENOSPC, "no space left on the disk", str(target)) from error
         raise
     finally:

@@ -100,8 +100,22 @@ def check(source: Pretrained, rows: Sequence[Sequence[int]]) -> None:
     if tokens < need:
         raise ValueError(
             f"the calibration text is too short: {tokens:,} tokens, where the widest Linear has "
-            f"{need:,} inputs; at least as many, better ten times that"
+            f"{need:,} inputs; at least as many, better ten times that: a longer --calibration, "
+            "or more --tokens of it"
         )
+
+
+def check_values(source: Pretrained) -> None:
+    """ValueError, naming the array, for a number that is not finite; it reads all of them."""
+    for name, (shape, _) in source.arrays.items():
+        for index in range(shape[0]) if stacked(name) else [None]:
+            values = source.read(name, index)
+            if count := int(values.size - np.isfinite(values).sum()):
+                layer = "" if index is None else f"[{index}]"
+                raise ValueError(
+                    f"{source.name}: {name}{layer} has {count:,} numbers of {values.size:,} that "
+                    "are NaN or infinite; no scale holds these"
+                )
 
 
 def compress(
@@ -110,20 +124,33 @@ def compress(
     recipe: Recipe,
     rows: Sequence[Sequence[int]],
     progress: Progress = lambda *_: None,
+    last: Callable[[Path, dict[str, Any]], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Write `source` as the folder `target`, on the mesh in use; what became of each layer.
 
-    `rows` are the ids of the calibration text. In memory are one layer, the states of the text, or
-    one table. ValueError or OSError for a target that will not do, and for a full disk.
+    `rows` are the ids of the calibration text. `last` may add to the folder, of which it is told
+    before it gets its name. In memory are one layer, the states of the text, or one table.
+    ValueError or OSError for numbers that are not finite, for a target that will not do, and for a
+    full disk.
     """
     check(source, rows)
     target = convert.checked(source, target)
+    check_values(source)
     with convert.whole(target) as folder:
         staged = Staged(folder / "staged", forms(source.cfg, recipe.how))
+        need = sum(array.size * array.dtype.itemsize for array in _arrays(source, staged).values())
+        convert.room(folder, 2 * need)  # in the order of layers, then in that of names
         layers = _layers(source, recipe, rows, staged, progress)
         _tables(source, staged)
         _write(source, folder, recipe, staged)
         shutil.rmtree(staged.folder)
+        told = _told(layers, rows)
+        last(folder, told)
+    return told
+
+
+def _told(layers: list[dict[str, Any]], rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Of the layers, with those that lost most."""
     linears = {
         f"layer {layer['layer']}: {name}": error
         for layer in layers
@@ -157,6 +184,7 @@ def _layers(
     for layer, prefix, index in walk.layers():
         weights = walk.read(prefix, index)
         inputs = walk.observe(layer, weights, states, batches)
+        _check_inputs(inputs, layer)
         exact = walk.as_it_was(layer, weights, exact, some)
         before = dict(weights)
         choose, moved = recipe.choose(), []
@@ -168,9 +196,21 @@ def _layers(
                 staged.keep(f"{prefix}{name}", index, weights[name])
         states = walk.through(layer, weights, states, batches)
         error = apart(exact, states[::SOME], some)
+        if not math.isfinite(error):
+            raise ValueError(f"what layer {layer} makes of the calibration text is not finite")
         told.append({"layer": layer, "error": error, "moved": moved, "linears": errors})
         progress(layer + 1, cfg.layers)
     return told
+
+
+def _check_inputs(inputs: Mapping[str, Inputs], layer: int) -> None:
+    """ValueError for inputs of a Linear whose squares float32 does not hold."""
+    for name, seen in inputs.items():
+        if not np.isfinite(seen.second_II).all():
+            raise ValueError(
+                f"layer {layer}: {name} gets numbers up to {seen.largest_I.max():.3g} of the "
+                "calibration text, whose squares are beyond float32"
+            )
 
 
 def _round(
@@ -202,16 +242,12 @@ def _tables(source: Pretrained, staged: "Staged") -> None:
     for name in TABLES:
         if name in staged.forms:
             table_VD = source.read(name)
-            parts = [
-                grids.absmax(table_VD[i : i + ROWS].astype(np.float32), TABLE)
-                for i in range(0, len(table_VD), ROWS)
-            ]
-            scales_VG, zeros_VG = (
-                np.concatenate([getattr(part.grid, field) for part in parts])
-                for field in ("scales_OG", "zeros_OG")
-            )
-            # int8 here, so that a table lies in memory once.
-            values_VD = np.concatenate([part.values_OI.astype(np.int8) for part in parts])
+            values_VD = np.empty(table_VD.shape, np.int8)
+            scales_VG, zeros_VG = np.zeros((2, len(table_VD), 1), np.float32)
+            for start in range(0, len(table_VD), ROWS):
+                some = slice(start, start + ROWS)
+                part = grids.absmax(table_VD[some].astype(np.float32), TABLE)
+                values_VD[some], scales_VG[some] = part.values_OI, part.grid.scales_OG
             levels = Levels(values_VD, Grid(TABLE, scales_VG, zeros_VG))
             staged.put(name, None, levels, table_VD.shape)
 
@@ -247,8 +283,8 @@ class Staged:
         return self.folder / f"{name}.{index}.npy"
 
 
-def _write(source: Pretrained, folder: Path, recipe: Recipe, staged: Staged) -> None:
-    """The checkpoint, out of the staged arrays and those of the source that stay."""
+def _arrays(source: Pretrained, staged: Staged) -> dict[str, store.Lazy]:
+    """The checkpoint's, out of the staged arrays and those of the source that stay."""
     arrays = {}
 
     def add(name: str, shape: tuple[int, ...], dtype: np.dtype, read: Callable) -> None:
@@ -267,7 +303,11 @@ def _write(source: Pretrained, folder: Path, recipe: Recipe, staged: Staged) -> 
         else:
             to = kept.get(dtype, dtype)
             add(name, shape, to, lambda name, i, to=to: source.read(name, i).astype(to))
-    convert.room(folder, sum(array.size * array.dtype.itemsize for array in arrays.values()))
+    return arrays
+
+
+def _write(source: Pretrained, folder: Path, recipe: Recipe, staged: Staged) -> None:
+    """The checkpoint."""
     note = {
         "model": fields.encode(dataclasses.replace(source.cfg, precision=recipe.how.precision)),
         "family": source.family and source.family.name,
@@ -281,7 +321,7 @@ def _write(source: Pretrained, folder: Path, recipe: Recipe, staged: Staged) -> 
         },
     }
     words = json.loads(source.tokenizer.to_json()) if source.has_tokenizer else {}
-    store.save_lazily(folder / "checkpoints", 0, arrays, note, words)
+    store.save_lazily(folder / "checkpoints", 0, _arrays(source, staged), note, words)
 
 
 def bytes_of(arrays: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> int:

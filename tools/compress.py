@@ -42,6 +42,7 @@ from sharding.mesh import MeshConfig
 from text import cache
 
 PROMPT, DECODED = 16, 64  # tokens, of the text whose decoding is timed
+MOST_NATS = 700.0  # a token, of which a float holds the perplexity
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -99,30 +100,42 @@ def main() -> None:
         target = Path(FLAGS.out or default_target(source.name, recipe))
     console = Console()
     started = time.perf_counter()
+    receipt: dict[str, Any] = {}
+
+    def written(folder: Path, told: dict[str, Any]) -> None:
+        made = open_pretrained(str(folder))
+        receipt.update(
+            {
+                "source": {"name": source.name, "digest": source.digest},
+                "target": str(target),
+                **dataclasses.asdict(recipe),
+                "family": source.family and source.family.name,
+                "parameters": sum(math.prod(shape) for shape, _ in source.arrays.values()),
+                "bytes": {"before": bytes_of(source.arrays), "after": made.bytes},
+                "stored": stored(made),
+                **told,
+                "calibration": text.describe(sum(map(len, rows))),
+                "seconds": round(time.perf_counter() - started, 1),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "device": f"{jax.devices()[0].device_kind}",
+            }
+        )
+        save(folder, receipt)
+
     with jax.set_mesh(meshes.make(MeshConfig(data=1), jax.devices()[:1])):
         with command.user_input(), bar(console) as show:
-            told = compress(source, target, recipe, rows, show)
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        made = open_pretrained(str(target))
-        receipt = {
-            "source": {"name": source.name, "digest": source.digest},
-            "target": str(target),
-            **dataclasses.asdict(recipe),
-            "family": source.family and source.family.name,
-            "parameters": sum(math.prod(shape) for shape, _ in source.arrays.values()),
-            "bytes": {"before": bytes_of(source.arrays), "after": made.bytes},
-            "stored": stored(made),
-            **told,
-            "calibration": text.describe(sum(map(len, rows))),
-            "seconds": round(seconds, 1),
-            "peak_bytes": peak,
-            "device": f"{jax.devices()[0].device_kind}",
-        }
+            compress(source, target, recipe, rows, show, written)
         if FLAGS.measure:
-            receipt |= measured(source, made, held)
-    (target / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+            receipt |= measured(source, open_pretrained(str(target)), held)
+            with command.user_input():
+                save(target, receipt)
     print(described(receipt))
+
+
+def save(folder: Path, receipt: dict[str, Any]) -> None:
+    """The receipt in the folder, whole at any time."""
+    text = json.dumps(receipt, indent=2) + "\n"
+    cache.write(folder / RECEIPT, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +224,13 @@ def decoder(pretrained: Pretrained, held: Text, rows: list[list[int]]) -> dict[s
     scored = [Row(row, len(row) - 1) for row in rows if len(row) > 1]
     nats = -sum(one.total for one in Scorer(model, params, words, batch=4).score(scored))
     engine = Engine.unrolled(params, cfg, layout, words)
-    generation = engine.generate([rows[0][:PROMPT]], max_tokens=DECODED, ignore_eos=True)
-    (result,) = generation.run()
+    room = engine.longest or PROMPT + DECODED  # of a model with few positions, half is the prompt
+    prompt = rows[0][: min(PROMPT, room // 2)]
+    most = min(DECODED, room - len(prompt))
+    (result,) = engine.generate([prompt], max_tokens=most, ignore_eos=True).run()
+    mean = nats / sum(row.scored for row in scored)
     return {
-        "perplexity": math.exp(nats / sum(row.scored for row in scored)),
+        "perplexity": math.exp(min(mean, MOST_NATS)),
         "decode_tokens_per_s": result.decode_tokens_per_s,
     }
 
@@ -252,7 +268,8 @@ def described(receipt: dict[str, Any]) -> str:
         lines.append(f"held out    {text_of(receipt['held_out'])}")
     if "perplexity" in receipt:
         before, after = receipt["perplexity"].values()
-        lines.append(f"perplexity  {before:.4f} -> {after:.4f}, {after / before - 1:+.2%}")
+        shown = ".4f" if max(before, after) < 1e6 else ".4g"
+        lines.append(f"perplexity  {before:{shown}} -> {after:{shown}}, {after / before - 1:+.2%}")
     if "embedding_cosine" in receipt:
         cosine = receipt["embedding_cosine"]
         lines.append(

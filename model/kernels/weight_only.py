@@ -75,8 +75,10 @@ def numbers(
     w_NK: jax.Array, sw: jax.Array, zeros: jax.Array | None, K: int, *, block: int = 0
 ) -> jax.Array:
     """[N, K] float32: what a weight's levels stand for."""
-    N = len(w_NK)
-    parts = in_blocks(levels(w_NK, K).astype(jnp.float32), block)
+    N, w_NK = len(w_NK), levels(w_NK, K)
+    if jnp.issubdtype(w_NK.dtype, jnp.floating):
+        w_NK = w_NK.astype(jnp.float16)  # holds float8; XLA on CPU then takes a quarter of the time
+    parts = in_blocks(w_NK.astype(jnp.float32), block)
     if zeros is not None:
         parts = parts - zeros.reshape(N, -1)[..., None].astype(jnp.float32)
     return (parts * sw.reshape(N, -1)[..., None]).reshape(N, -1)[:, :K]

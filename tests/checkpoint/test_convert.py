@@ -311,3 +311,11 @@ def test_a_disk_that_fills_up_is_told(tmp_path, monkeypatch):
         converted(tmp_path / "hf", tmp_path / "target", to="hf")
     assert caught.value.errno == errno.ENOSPC
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_array_that_was_not_written_whole_means_a_full_disk(tmp_path):
+    """NumPy says no more of it than this."""
+    full = pytest.raises(OSError, match="no space left on the disk")
+    with full as error, converter.whole(tmp_path / "out"):
+        raise OSError("300000 requested and 262112 written")
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -136,6 +138,9 @@ def test_layers_are_read_one_after_the_other(made, tmp_path, monkeypatch):
     source, _, told = made
     order, read = [], source.read
     monkeypatch.setattr(source, "read", lambda *at: order.append(at) or read(*at))
+    monkeypatch.setattr(
+        "compressors.compress.check_values", lambda _: None
+    )  # it reads all at first
     compress(source, tmp_path / "w8", Recipe("w8", "absmax"), ROWS)
     weights = [at for at in order if at[0].startswith("blocks.")]
     assert all(index is not None for _, index in weights)
@@ -270,6 +275,58 @@ def test_quantized_twice_and_too_little_text_are_refused(made, tmp_path):
         compress(copy, tmp_path / "again", Recipe("w8", "absmax"), ROWS)
     with pytest.raises(ValueError, match="too short: 16 tokens, where the widest Linear has 32 in"):
         compress(source, tmp_path / "short", Recipe("w8", "absmax"), ROWS[:1])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "where"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", np.nan, r"blocks\.0\.mlp\.down\.weight\[1\]"),
+        ("model.embed_tokens.weight", np.inf, r"embedding\.table"),
+        ("model.norm.weight", -np.inf, r"norm\.scale"),
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_with_its_array(tensor, value, where, tmp_path):
+    values = folders.write(tmp_path / "hf")
+    values[tensor].flat[5] = value
+    folders.save(tmp_path / "hf", values)
+    source = open_pretrained(str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match=rf"hf: {where} has 1 numbers of .* NaN or infinite"):
+        compress(source, tmp_path / "w8", Recipe("w8", "absmax"), ROWS)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.slow
+def test_inputs_beyond_float32_are_refused_with_their_linear(tmp_path):
+    values = folders.write(tmp_path / "hf")
+    values["model.layers.1.mlp.up_proj.weight"] *= 1e25
+    folders.save(tmp_path / "hf", values)
+    source = open_pretrained(str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match=r"layer 1: mlp\.down gets numbers up to .*beyond float32"):
+        compress(source, tmp_path / "w8", Recipe("w8", "absmax"), ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_of_zeros_stays_one(scheme, tmp_path):
+    """Its groups have no largest number, and the inputs of some Linears no second moments."""
+    values = folders.write(tmp_path / "hf")
+    for name in values:
+        values[name][:] *= "layers.1." not in name
+    folders.save(tmp_path / "hf", values)
+    source = open_pretrained(str(tmp_path / "hf"))
+    for method in ("gptq", "awq"):
+        compress(source, tmp_path / method, Recipe(scheme, method), ROWS)
+        copy = open_pretrained(str(tmp_path / method))
+        for name in forms(source.cfg, SCHEMES[scheme]).keys() - {"embedding.table", "head.table"}:
+            assert not copy.read(name, 1).any() and copy.read(name, 0).any()
+
+
+def test_a_disk_without_room_is_found_before_the_work(made, tmp_path, monkeypatch):
+    source, _, _ = made
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000))
+    with pytest.raises(ValueError, match=r"20,000 bytes free, and [0-9,]+ are needed"):
+        compress(source, tmp_path / "w8", Recipe("w8", "absmax"), ROWS, lambda *_: pytest.fail())
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.kernels import hopper, nibbles
+from model.kernels import hopper, int8, nibbles, weight_only
 from model.kernels import weight_only_hopper as kernel
 
 new_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11")
@@ -40,6 +40,42 @@ def check(y, x, levels, scales, group):
     product, terms = right(x, levels, scales, group)
     assert y.dtype == jnp.bfloat16 and y.shape == product.shape
     assert (np.abs(np.float64(y) - product) <= 2**-8 * np.abs(product) + 1e-5 * terms).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("R", "N", "K", "group"), [(1, 300, 1536, 0), (3, 130, 200, 64)])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_cpu_computes_what_levels_zeros_and_scales_mean(R, N, K, group, bits, zeros):
+    """In chunks of outputs that divide neither, with a short last group."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(R, K)).astype(np.float32)
+    levels = draw.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (N, K)).astype(np.int8)
+    size = (N, -(-K // group)) if group else (N,)
+    scales = draw.uniform(0.5, 2, size).astype(np.float32)
+    zero = draw.uniform(-9, 9, size).astype(np.float16) if zeros else None
+    wide = lambda a: np.repeat(np.float64(a).reshape(N, -1), group or K, axis=1)[:, :K]  # noqa: E731
+    w = (levels - (wide(zero) if zeros else 0)) * wide(scales)
+    held = nibbles.packed(jnp.asarray(levels)) if bits == 4 else jnp.asarray(levels)
+    y = weight_only.matmul(jnp.asarray(x), held, jnp.asarray(scales), zero, block=group)
+    off = np.abs(np.float64(y) - x @ w.T)
+    assert (off <= 3e-6 * (np.abs(x) @ np.abs(w).T)).all()
+
+
+def test_every_float8_is_read_as_the_number_that_it_is():
+    each = jnp.arange(256, dtype=jnp.uint8)
+    w = jax.lax.bitcast_convert_type(each, jnp.float8_e4m3fn)[None]
+    found = np.asarray(weight_only.numbers(w, jnp.ones(1), None, 256))
+    np.testing.assert_array_equal(found, np.asarray(w).astype(np.float32))
+
+
+@pytest.mark.parametrize("R", [1, 2, 5])
+def test_sums_of_int8_are_exact_for_any_number_of_rows(R):
+    draw = np.random.default_rng(0)
+    x, w = (draw.integers(-127, 128, (n, 5000)).astype(np.int8) for n in (R, 48))
+    x[0], w[0] = 127, 127
+    ones = (jnp.ones(R), jnp.ones(48))
+    y = int8.matmul(jnp.asarray(x), jnp.asarray(w), *ones, jnp.float32)
+    np.testing.assert_array_equal(np.asarray(y), np.float32(x.astype(np.int64) @ w.T))
 
 
 @pytest.mark.parametrize(

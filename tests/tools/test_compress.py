@@ -49,6 +49,32 @@ def test_the_receipt_is_printed_and_saved(model, capsys):
     assert f"stored      {receipt['stored']['int8']:,} as int8, " in out
 
 
+@pytest.mark.slow
+def test_a_model_of_few_positions_and_huge_logits_is_measured(model, capsys):
+    """Decoding is timed over what fits; a perplexity beyond a float is the largest."""
+    values = folders.write(model / "few", "gpt2")
+    values["transformer.wte.weight"] *= 1e4
+    folders.save(model / "few", values)
+    args = (f"--calibration={model / 'a.txt'}", f"--held_out={model / 'b.txt'}", "--tokens=128")
+    out = f"--out={model / 'w8'}"
+    assert status(tool, f"--checkpoint={model / 'few'}", "--scheme=w8", out, *args) == 0
+    receipt = json.loads((model / "w8" / "receipt.json").read_text())
+    assert all(1e50 < value < math.inf for value in receipt["perplexity"].values())
+    assert all(rate > 0 for rate in receipt["decode_tokens_per_s"].values())
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 120
+
+
+@pytest.mark.slow
+def test_whoever_dies_while_measuring_leaves_a_checkpoint_with_a_receipt(model, monkeypatch):
+    monkeypatch.setattr(tool, "measured", lambda *_: 1 / 0)
+    args = (f"--calibration={model / 'a.txt'}", f"--held_out={model / 'b.txt'}", "--tokens=128")
+    out = f"--out={model / 'w8'}"
+    assert status(tool, f"--checkpoint={model / 'hf'}", "--scheme=w8", out, *args) == 1
+    receipt = json.loads((model / "w8" / "receipt.json").read_text())
+    assert "perplexity" not in receipt and receipt["bytes"]["after"] > 0
+    assert sorted(path.name for path in (model / "w8").iterdir()) == ["checkpoints", "receipt.json"]
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
