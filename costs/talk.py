@@ -40,7 +40,7 @@ def talk_of(op: Op, sizes: dict[str, int]) -> list[Talk]:
     """The collectives of an operation."""
     found = []
     for kind, axes, size in _found(op):
-        axes = tuple(axis for axis in axes if sizes[axis] > 1)
+        axes = tuple(axis for axis in sizes if axis in axes and sizes[axis] > 1)
         ways = math.prod(sizes[axis] for axis in axes)
         if ways > 1 and size:
             found.append(Talk(kind, axes, size * (ways if kind == "reduce-scatter" else 1), ways))

@@ -172,7 +172,7 @@ def times(plan: Plan) -> str:
     return "\n\n".join(lines)
 
 
-def formats(plan: Plan, searched: Search) -> str:
+def choices(plan: Plan, searched: Search) -> dict[str, list[precision.Choice]]:
     """Which formats to train in, and to serve in."""
     model, sheet, most = plan.run.model, plan.target.sheet, FLAGS.accuracy
     if sheet is None:
@@ -181,13 +181,17 @@ def formats(plan: Plan, searched: Search) -> str:
         base, others = searched.formats(plan.run)
         counted = {flags: one and (one.step, one.counted) for flags, one in others.items()}
         found = precision.training((base.step, base.counted), counted, most)
-    tables = (("to train in", found), ("to serve in", precision.serving(model, sheet, most)))
+    return {"to train in": found, "to serve in": precision.serving(model, sheet, most)}
+
+
+def formats(tables: dict[str, list[precision.Choice]]) -> str:
+    """A table of each."""
     return "\n\n".join(
         parity.table(
             [name, "gains here", "costs in accuracy", "use"],
-            [[c.name, c.gain, c.price, c.use] for c in choices],
+            [[c.name, c.gain, c.price, c.use] for c in found],
         )
-        for name, choices in tables
+        for name, found in tables.items()
     )
 
 
@@ -219,7 +223,12 @@ def reason(plan: Plan) -> str:
     return ", ".join(words)
 
 
-def as_json(plan: Plan, better: Plan | None, best: list[Plan]) -> dict[str, Any]:
+def as_json(
+    plan: Plan,
+    better: Plan | None,
+    best: list[Plan],
+    tables: dict[str, list[precision.Choice]],
+) -> dict[str, Any]:
     def short(one: Plan) -> dict[str, Any]:
         return {
             "flags": search.flags(one.run, plan.run, plan.target.count),
@@ -250,6 +259,9 @@ def as_json(plan: Plan, better: Plan | None, best: list[Plan]) -> dict[str, Any]
         "mfu": plan.mfu,
         "smallest_change": better and short(better),
         "best": [short(one) for one in best],
+        "formats": {
+            name: [dataclasses.asdict(one) for one in found] for name, found in tables.items()
+        },
     }
 
 
@@ -289,13 +301,13 @@ def main(recipe: Run) -> int:
     if not plan.fits:
         told.append(mended(plan, better))
     told += [asked(plan, plan.time.attention > 0), times(plan)]
-    if FLAGS.formats:
-        told.append(formats(better or plan, searched))
+    tables = choices(better or plan, searched) if FLAGS.formats else {}
+    told.append(formats(tables))
     if FLAGS.search:
         told.append(ranking(best, searched.tried))
     print(*filter(None, told), sep="\n\n")
     if FLAGS.json:
-        print(json.dumps(as_json(plan, better, best)))
+        print(json.dumps(as_json(plan, better, best, tables)))
     return 0
 
 

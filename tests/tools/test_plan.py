@@ -219,7 +219,7 @@ def test_a_recipe_that_cannot_be_split_is_told_with_the_best_mesh_that_was_found
 
 @pytest.mark.slow
 def test_formats_are_counted_and_have_their_prices(capsys):
-    args = ("--formats", "--config.model.layers=2", "--config.model.unroll=2")
+    args = ("--formats", "--config.model.layers=2", "--config.model.unroll=2", "--json")
     assert run(f"--config={llama('1B-80GB')}", "--target=h100x1", *args) == 0
     out = capsys.readouterr().out
     ms = r"([\d.]+) ms, [\d.]+ GiB"
@@ -227,6 +227,11 @@ def test_formats_are_counted_and_have_their_prices(capsys):
     [eight] = re.findall(rf"--config.precision=int8 +\| {ms}.*yes, for its speed", out)
     assert 0.8 < float(eight) / float(base) < 0.97
     assert re.search(r"--scheme=w4g64 .* no: costs more than 1 %", out)
+    told = json.loads(out.splitlines()[-1])["formats"]
+    for found in (told["to train in"], told["to serve in"]):
+        for one in found:
+            row = " +\\| ".join(re.escape(one[key]) for key in ("name", "gain", "price", "use"))
+            assert re.search(rf"\| {row} +\|", out), one
 
 
 @pytest.mark.slow
