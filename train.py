@@ -23,6 +23,7 @@ from model import transformer
 from monitor.goodput import Goodput
 from monitor.profile import Profile
 from monitor.signals import Signals
+from optim import histories
 from optim.lean import norm
 from optim.schedule import make_schedule
 from optim.update import Update, make_update
@@ -108,14 +109,14 @@ def train_step(program: "Program", state: State, batch: Batch) -> tuple[State, d
         parts = micro_batches(batch, run.optim.accumulate)
 
         def add(sums: Any, rows: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(rows)), None
+            return histories.added(sums, gradient(rows)), None
 
         first = jax.tree.map(lambda rows: rows[0], parts)
         zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, first))
         (told, grads), _ = jax.lax.scan(add, zero, parts)
 
     # Devices talk over the whole mesh: the gradients' norm, 4 bytes for each parameter's.
-    nats, size = told.pop("nats"), norm(grads)
+    nats, size = told.pop("nats"), norm(histories.weights(grads))
     good, guard, judged = state.guard.judge(run.guard, nats, size)
     number = state.step - state.guard.skipped  # of this step, among those that were taken
     params = offload.fetch(state.params, after=grads)

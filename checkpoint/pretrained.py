@@ -127,15 +127,15 @@ class Pretrained(abc.ABC):
         """The values, in a tree like `shapes`: cast to its dtypes, placed as its shardings say.
 
         On the host are READERS + 2 slices at one time: a layer's part of one array, or an array
-        that is not stacked. ValueError, naming the array and both shapes, if `shapes` are those
-        of another model.
+        that is not stacked. Histories that are not stored begin anew. ValueError, naming the array
+        and both shapes, if `shapes` are those of another model.
         """
-        wanted = store.flatten(shapes)
-        compare(
-            {name: shape for name, (shape, _) in self.lying(wanted).items()},
-            {name: tuple(leaf.shape) for name, leaf in wanted.items()},
-            self.name,
-        )
+        every = store.flatten(shapes)
+        lying = {name: shape for name, (shape, _) in self.lying(every).items()}
+        fresh = ((name, every[name]) for name in store.histories(every, lying))
+        params = {name: jnp.zeros(a.shape, a.dtype, device=placed(a)) for name, a in fresh}
+        wanted = {name: leaf for name, leaf in every.items() if name not in params}
+        compare(lying, {name: tuple(leaf.shape) for name, leaf in wanted.items()}, self.name)
         slices = [
             (name, i)
             for name, leaf in wanted.items()
@@ -145,7 +145,6 @@ class Pretrained(abc.ABC):
         def load(name: str, index: int | None) -> np.ndarray:
             return self.read(name, index).astype(wanted[name].dtype, copy=False)
 
-        params: dict[str, jax.Array] = {}
         for (name, index), values in zip(slices, ahead(load, slices), strict=True):
             where = placed(wanted[name])
             if index is None:
@@ -154,7 +153,7 @@ class Pretrained(abc.ABC):
             if index == 0:
                 params[name] = jnp.zeros(wanted[name].shape, values.dtype, device=where)
             params[name] = _set(params[name], put(values[None], where), index)
-        return jax.tree.unflatten(jax.tree.structure(shapes), [params[name] for name in wanted])
+        return jax.tree.unflatten(jax.tree.structure(shapes), [params[name] for name in every])
 
 
 def stacked(name: str) -> bool:
@@ -213,7 +212,7 @@ def compare(saved: Mapping[str, tuple], wanted: Mapping[str, tuple], name: str) 
 
 
 class Ours(Pretrained):
-    """A checkpoint of a run, or one that tools.convert wrote."""
+    """A checkpoint of a run, or one that tools.convert wrote; scales are current for its use."""
 
     def __init__(self, name: str):
         self.name, self.saved = name, store.locate(name)
@@ -223,7 +222,8 @@ class Ours(Pretrained):
             raise ValueError(f"{self.saved.path} does not say what model it holds")
         self.trained = "run" in note  # else it holds parameters alone
         try:
-            self.cfg = fields.decode(ModelConfig, said["model"], "model")
+            cfg = fields.decode(ModelConfig, said["model"], "model")
+            self.cfg = dataclasses.replace(cfg, precision=cfg.precision.current)
             self._tokenizer = from_json(json.dumps(words)) if words else None
             if self._tokenizer is not None:
                 texts.fits(self._tokenizer, self.cfg.vocab)
@@ -287,6 +287,7 @@ class Ours(Pretrained):
         parts = {f"{name}.{part}" for name, form in self._forms.items() for part in form.parts}
         if missing := parts - found.keys():
             raise ValueError(f"{self.saved.path} lacks {min(missing)}, a part of a quantized array")
+        parts |= set(store.histories(found, ()))
         arrays = {name: array for name, array in found.items() if name not in parts}
         if self._forms:
             ours = our_shapes(self.cfg)

@@ -12,13 +12,14 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
@@ -29,6 +30,7 @@ from sharding import mesh as meshes
 Arrays = dict[str, jax.Array]
 SHAPE = "/.zarray"  # follows an array's name in the key of its shape
 STACKED = re.compile(r"(^|\.)blocks\.")  # arrays that lead with the layers
+HISTORY = re.compile(r"(^|\.)history$")  # what layers remember who scale by it: it can begin anew
 LAYERS, CHUNK = 1 << 20, 1 << 26  # bytes of a Lazy's chunk: small layers together, or rows
 PART = ".orbax-checkpoint-tmp"  # follows the step in the name of a folder that is being written
 
@@ -37,6 +39,11 @@ def flatten(tree: Any) -> Arrays:
     """The leaves of a tree by their dotted paths."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def histories(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Those of `names` that are histories and not among `others`."""
+    return [name for name in names if HISTORY.search(name) and name not in others]
 
 
 def locate(name: str) -> "Saved":
@@ -160,20 +167,31 @@ class Saved:
             raise ValueError(f"{self.folder} is damaged: cannot read {what}: {why}") from None
 
     def restore(self, abstract: Any) -> Any:
-        """The state, shaped and placed as `abstract`, whatever mesh it was saved on.
+        """The state, shaped and placed as `abstract`, whatever mesh it was saved on. Histories that
+        it lacks begin anew, others are left.
 
         ValueError, naming the array and both shapes, if it was saved from another model or
         optimizer.
         """
-        wanted = flatten(abstract)
-        args = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-        )
+        every = flatten(abstract)
         saved = {name: shape for name, (shape, _) in self.arrays().items()}
+        found = {
+            name: jnp.zeros(every[name].shape, every[name].dtype, device=every[name].sharding)
+            for name in histories(every, saved)
+        }
+        wanted = {name: leaf for name, leaf in every.items() if name not in found}
+        left = histories(saved, every)
+        args = ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=bool(left),
+        )
+        for name in left:
+            del saved[name]
         _compare(saved, {name: tuple(leaf.shape) for name, leaf in wanted.items()})
         with ocp.Checkpointer(_handler()) as reader:
-            found = reader.restore(self.folder, args=ocp.args.Composite(state=args))["state"]
-        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in wanted])
+            found |= reader.restore(self.folder, args=ocp.args.Composite(state=args))["state"]
+        return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in every])
 
 
 def _room(folder: Path, need: int) -> None:

@@ -213,6 +213,12 @@ def _check_stages(run: Run, sizes: dict[str, int]) -> None:
             raise ValueError(
                 f"layout: {name} on stage cannot be: stages hold layers, and share the vocabulary"
             )
+    if run.model.precision.delayed:
+        raise ValueError(
+            f"model: precision with scaling=delayed is not built with mesh.stage={sizes['stage']}: "
+            f"stages add up what micro-batches see, and scales want the largest; scaling=current "
+            f"runs on stages, and fsdp={sizes['stage']} splits layers without them"
+        )
     repeats = {"repeats": run.pipeline.repeats, "layers of the pattern": run.model.places}
     _divides("model: layers", run.model.layers, {"stage": sizes["stage"], **repeats})
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from model import config
 from model.kernels.lookup import lookup
-from model.matmul import einsum, einsums
+from model.matmul import delayed, einsum, einsums
 from model.matmul.stored import QArray, lies
 from model.precision import BF16, Passes
 from sharding import stages
@@ -84,14 +84,20 @@ class Linear(nnx.Module):
         self.features = layout.spec(*features)
         zeros = jnp.zeros(shape[: -len(inputs)], dtype, out_sharding=self.features)
         self.bias = nnx.Param(zeros) if bias else None
+        self.history = nnx.Param(delayed.fresh()) if passes.delayed else None
         self.spec, self.passes = spec, passes
 
     def __call__(self, x: jax.Array, *, out: jax.P | None = None) -> jax.Array:
         """The result lives where `out` says, or else where x does, but for its features: if one
         axis splits x's tokens and these, the tokens are gathered."""
         out = self.home(x) if out is None else out
-        y = einsum(self.spec, x, self.weight[...], out=out, passes=self.passes)
+        y = einsum(self.spec, x, self.weight[...], out=out, **self.rounding())
         return y if self.bias is None else y + aligned(self.bias[...].astype(y.dtype), y)
+
+    def rounding(self) -> dict[str, Any]:
+        """How its matmuls round."""
+        seen = None if self.history is None else self.history[...]
+        return {"passes": self.passes, "history": seen}
 
     def home(self, x: jax.Array) -> jax.P:
         """Where the result for x lives if nobody asks for another place."""
@@ -115,7 +121,7 @@ class Linear(nnx.Module):
 
         numbers = range(self.weight[...].shape[dim])
         ws = [own(self.weight[...], i) for i in numbers]
-        ys = einsums(spec, x, ws, out=out, passes=self.passes)
+        ys = einsums(spec, x, ws, out=out, **self.rounding())
         if self.bias is None:
             return ys
         return [y + aligned(own(self.bias[...], i).astype(y.dtype), y) for i, y in enumerate(ys)]

@@ -6,7 +6,7 @@ Parameters, the activations between matmuls, sums and gradients stay what they a
 import difflib
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 FORMATS = {
@@ -18,6 +18,7 @@ FORMATS = {
 }
 GRADIENTS = ("bf16", "int8", "fp8")  # of dgrad and wgrad
 ROUNDINGS = ("nearest", "stochastic")
+SCALINGS = ("current", "delayed")
 EXPERTS = ("bf16", "int8")  # of experts
 GROUPS = (16, 1 << 16)
 
@@ -58,6 +59,7 @@ class Passes:
     dgrad: str = "bf16"  # dx = dy w: of dy and w, by default the w that the forward pass saw
     wgrad: str = "bf16"  # dw = dy' x: of dy and x, whose contracted dim are the tokens
     rounding: str = "nearest"  # of dy; or "stochastic": up or down by chance, right on average
+    scaling: str = "current"  # scales made of what is rounded; or "delayed": of the steps before
 
     def __post_init__(self):
         for name, known in (("forward", FORMATS), ("dgrad", GRADIENTS), ("wgrad", GRADIENTS)):
@@ -77,6 +79,14 @@ class Passes:
                 f"rounding='stochastic' is of int8 gradients, not of dgrad={self.dgrad!r}, "
                 f"wgrad={self.wgrad!r}"
             )
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"scaling={self.scaling!r} is none of {', '.join(SCALINGS)}")
+        texts = {name: getattr(self, name) for name in ("forward", "dgrad", "wgrad")}
+        if self.delayed and set(texts.values()) - {"bf16"} != {"fp8"}:
+            raise ValueError(
+                f"scaling='delayed' is of passes in fp8 without groups, others in bf16, not of "
+                f"{', '.join(f'{name}={text!r}' for name, text in texts.items())}"
+            )
 
     @classmethod
     def by_name(cls, name: str) -> "Passes":
@@ -92,6 +102,11 @@ class Passes:
     def quantized(self) -> bool:
         """Whether any pass rounds its operands."""
         return self != BF16
+
+    @property
+    def delayed(self) -> bool:
+        """Whether scales are made of what the steps before have seen."""
+        return self.scaling == "delayed"
 
 
 @dataclass(frozen=True)
@@ -112,11 +127,24 @@ class Precision:
             text = getattr(self.head, name)
             if Format.parse(text).group:
                 raise ValueError(f"head: {name}={text!r} has groups, which are of hidden layers")
+        if self.head.delayed:
+            raise ValueError("head: scaling='delayed' is of hidden layers; 'current' of any")
 
     @property
     def quantized(self) -> bool:
         """Whether any matmul rounds its operands."""
         return self != Precision()
+
+    @property
+    def delayed(self) -> bool:
+        """Whether any layer remembers what it has seen."""
+        return self.attention.delayed or self.mlp.delayed
+
+    @property
+    def current(self) -> "Precision":
+        """The same, of layers that remember nothing."""
+        kinds = {"attention": self.attention, "mlp": self.mlp}
+        return replace(self, **{kind: replace(p, scaling="current") for kind, p in kinds.items()})
 
     @classmethod
     def by_name(cls, name: str) -> "Precision":
@@ -149,6 +177,7 @@ PRESETS = {
     "bf16": Precision(),
     "int8": Precision(attention=INT8, mlp=INT8),
     "fp8": hidden("fp8", "fp8", "fp8"),
+    "fp8_delayed": hidden("fp8", "fp8", "fp8", "nearest", "delayed"),
     # Quantization-aware: the gradients of weights that will be stored so.
     "w8": hidden("w8"),
     "w4": hidden("w4g64"),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optim import lean, rounding
+from optim import histories, lean, rounding
 from optim.config import OptimConfig
 from optim.optimizer import make_optimizer
 from optim.schedule import make_schedule
@@ -32,11 +32,28 @@ class Update(NamedTuple):
 def make_update(
     cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes = (), *, by_layer: bool = False
 ) -> Update:
-    """The update that `cfg` asks for; `roles` and `by_layer` as of make_optimizer, `seed` of the
-    rounding.
+    """The update that `cfg` asks for, of histories what they are for; `roles` and `by_layer` as of
+    make_optimizer, `seed` of the rounding.
 
     `axes` split a state in float32 further than the parameters.
     """
+    own = _of_weights(cfg, steps, histories.weights(roles), seed, axes, by_layer=by_layer)
+
+    def step(
+        number: jax.Array, good: jax.Array, grads: Any, state: Any, params: Any
+    ) -> tuple[Any, Any]:
+        made, state = own.step(
+            number, good, histories.weights(grads), state, histories.weights(params)
+        )
+        return histories.joined(made, histories.rolled(good, grads, params)), state
+
+    return Update(lambda params: own.init(histories.weights(params)), step)
+
+
+def _of_weights(
+    cfg: OptimConfig, steps: int, roles: Any, seed: int, axes: Axes, *, by_layer: bool
+) -> Update:
+    """`make_update` where there are no histories."""
     if cfg.moments != "float32":
         rate = make_schedule(cfg, steps)
 

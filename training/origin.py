@@ -275,6 +275,7 @@ def _of(run: Run, weights: Pretrained) -> Run:
         param_dtype=own.param_dtype,
         remat=own.remat,
         unroll=own.unroll,
+        precision=own.precision,
         arch=dataclasses.replace(theirs.arch, head=head, moe=moe),
     )
     data = dataclasses.replace(run.data, tokenizer=weights.name)

@@ -13,6 +13,7 @@ from flax import nnx
 from checkpoint.store import flatten
 from model.config import ModelConfig
 from model.transformer import by_layer
+from optim import histories
 from sharding import offload
 from sharding.stages import stage_count
 
@@ -66,7 +67,7 @@ def looked(program: Any, params: Any, rows: dict[str, jax.Array]) -> dict[str, A
         "layers": [extra["finite"] for extra in by_layer(extras)],
         "hidden": bad(hidden),
         "loss": bad(total),
-        "gradients": of_tree(grads),
+        "gradients": of_tree(histories.weights(grads)),
     }
 
 

@@ -137,7 +137,9 @@ def parameters(cfg: ModelConfig, shapes: Any, roles: Any) -> Any:
     def leaf(path: tuple, shape: jax.ShapeDtypeStruct, role: Any) -> np.ndarray:
         names = [str(getattr(entry, "key", getattr(entry, "idx", ""))) for entry in path]
         normal = draw.normal(size=shape.shape)
-        if "router" in names:
+        if names[-1] == "history":
+            values = np.zeros(shape.shape)
+        elif "router" in names:
             values = _router(draw, normal, directions_DE, arch)
         elif role.kind == "matrix":
             values = normal / math.sqrt(math.prod(shape.shape[-role.inputs :]))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from model.matmul import quantized, stored
+from model.matmul import delayed, quantized, stored
 from model.matmul.plan import Plan
 from model.matmul.stored import QArray
 from model.precision import BF16, Passes
@@ -17,7 +17,13 @@ FEW = 16  # rows below which the weight is the left operand: on CPU up to twice 
 
 
 def einsum(
-    spec: str, x: jax.Array, w: jax.Array, *, out: jax.P, passes: Passes = BF16
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    out: jax.P,
+    passes: Passes = BF16,
+    history: jax.Array | None = None,
 ) -> jax.Array:
     """`jnp.einsum(spec, x, w)` in x's dtype, for a weight that lies split on the mesh.
 
@@ -25,19 +31,27 @@ def einsum(
     that `w` does not have), so the gather moves compute precision. Where a contracted dim is split
     over devices, their sum crosses them. `out` says where the result lives: where it wants rows
     together that x has apart, they are gathered first; where apart, their sums are scattered.
-    `passes` says to what the operands are rounded (`quantized`). A weight may be a QArray.
+    `passes` says to what the operands are rounded (`quantized`); with delayed scaling on scales of
+    their `history` (`delayed`). A weight may be a QArray.
 
     For rows in flight `w` leads with the stages: each stage's rows meet its own.
     """
-    return einsums(spec, x, [w], out=out, passes=passes)[0]
+    return einsums(spec, x, [w], out=out, passes=passes, history=history)[0]
 
 
 def einsums(
-    spec: str, x: jax.Array, ws: Sequence[jax.Array], *, out: jax.P, passes: Passes = BF16
+    spec: str,
+    x: jax.Array,
+    ws: Sequence[jax.Array],
+    *,
+    out: jax.P,
+    passes: Passes = BF16,
+    history: jax.Array | None = None,
 ) -> list[jax.Array]:
     """`einsum` for each of some weights that lie alike; x is gathered once."""
     x_dims, w_dims, y_dims = spec.replace("->", ",").split(",")
     if ws[0].ndim > len(w_dims):
+        assert history is None, "micro-batches of a pipeline would add up what they have seen"
         spec, out = f"s{x_dims},s{w_dims}->s{y_dims}", stages.apart_spec(out)
         ys = einsums(spec, stages.apart(x), ws, out=out, passes=passes)
         return [stages.together(y) for y in ys]
@@ -47,6 +61,8 @@ def einsums(
     x_sharding, w_spec = jax.typeof(x).sharding, jax.typeof(ws[0]).sharding.spec
     if passes.quantized:
         plan = Plan.make(spec, x_sharding.spec, w_spec, out)
+        if passes.delayed:
+            return delayed.einsums(spec, placed(x, plan.x), ws, plan, passes, history)
         return quantized.einsums(spec, placed(x, plan.x), ws, plan, passes)
     ws = [w.astype(x.dtype) for w in ws]
     if x_sharding.mesh.size == 1:

@@ -19,6 +19,8 @@ from checkpoint.store import Saved, Store, locate
 from configs.run import Run
 from data.config import DataConfig
 from model.config import ModelConfig
+from model.precision import Precision
+from optim import histories
 from optim.config import OptimConfig
 from sharding import mesh as meshes
 from sharding.mesh import MeshConfig
@@ -94,6 +96,26 @@ def test_a_state_moves_from_mesh_to_mesh_bit_for_bit(tmp_path, on_eight):
             assert a.sharding == b.sharding
         here = saved(tmp_path / str(i), found)
     assert_same(here.restore(shapes(mesh_of(8, data=2, fsdp=2, tensor=2))), state)
+
+
+def test_histories_come_back_and_where_one_side_has_none_they_begin_anew_or_are_left(tmp_path):
+    mesh, precision = mesh_of(8, fsdp=2, tensor=2), Precision.by_name("fp8_delayed")
+    plain, delayed = (
+        shapes(mesh),
+        shapes(mesh, model=dataclasses.replace(SMALL, precision=precision)),
+    )
+    state = filled(delayed)
+    with_history = saved(tmp_path / "with", state)
+    assert_same(with_history.restore(delayed), state)
+    left = with_history.restore(plain)
+    assert_same(left.params, histories.weights(state.params))
+    begun = saved(tmp_path / "without", left).restore(delayed)
+    assert_same(histories.weights(begun.params), left.params)
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), state.params)
+    fresh = histories.joined(left.params, zeros)
+    assert_same(begun.params, fresh)
+    own = begun.params["blocks"][0]["mlp"]["down"]["history"]
+    assert own.sharding == delayed.params["blocks"][0]["mlp"]["down"]["history"].sharding
 
 
 def test_bfloat16_and_unusual_bits_survive(tmp_path):

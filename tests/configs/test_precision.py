@@ -31,6 +31,14 @@ def test_one_kind_of_layer_takes_a_preset_too_after_the_preset_of_all():
     assert " precision=int8 " in describe(load(RECIPE, {"precision": "int8"}))
 
 
+def test_scaling_is_a_field_on_top_of_a_preset_and_in_one():
+    texts = {"precision": "fp8", "precision.mlp.scaling": "delayed"}
+    found = load(RECIPE, texts).model.precision
+    assert (found.attention, found.mlp) == (Passes.by_name("fp8"), Passes.by_name("fp8_delayed"))
+    assert found.delayed and not found.current.delayed
+    assert found.current == load(RECIPE, {"precision": "fp8"}).model.precision
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -45,6 +53,17 @@ def test_one_kind_of_layer_takes_a_preset_too_after_the_preset_of_all():
             "experts: forward='fp8' is none of bf16, int8",
         ),
         ({"precision.mlp.rounding": "stochastic"}, "is of int8 gradients, not of dgrad='bf16'"),
+        (
+            {"precision.mlp": "fp8", "precision.mlp.scaling": "later"},
+            "mlp: scaling='later' is none of current, delayed",
+        ),
+        (
+            {"precision": "int8", "precision.mlp.scaling": "delayed"},
+            "mlp: scaling='delayed' is of passes in fp8 without groups, others in bf16, not of "
+            "forward='int8', dgrad='int8', wgrad='int8'",
+        ),
+        ({"precision.mlp.scaling": "delayed"}, "others in bf16, not of forward='bf16'"),
+        ({"precision.head": "fp8_delayed"}, "head: scaling='delayed' is of hidden layers"),
         (
             {"precision.mlp.bwd": "int8"},
             "no field model.precision.mlp.bwd, did you mean",
