@@ -42,7 +42,9 @@ def matmul(
         if reason:
             engine.tell("weights of few bits by XLA", reason)
         return plain(x_RK, w_NK, sw, zeros, block=block)
-    return y_RN if zeros is None else y_RN - beneath(x_RK, sw, zeros, block)
+    if zeros is not None:  # in float32: of two large numbers little may remain
+        y_RN = y_RN.astype(jnp.float32) - beneath(x_RK, sw, zeros, block)
+    return y_RN.astype(x_RK.dtype)
 
 
 def plain(
@@ -85,27 +87,27 @@ def numbers(
 
 
 def beneath(x_RK: jax.Array, sw: jax.Array, zeros: jax.Array, block: int) -> jax.Array:
-    """[R, N] in x's dtype: what `zeros` add to a product that takes level 0 for them."""
+    """[R, N] float32: what `zeros` add to a product that takes level 0 for them."""
     x_RG = jnp.sum(in_blocks(x_RK.astype(jnp.float32), block), axis=-1)
     zeros_NG = (zeros.astype(jnp.float32) * sw).reshape(len(sw), -1)
-    return lax.dot_general(x_RG, zeros_NG, LAST).astype(x_RK.dtype)
+    return lax.dot_general(x_RG, zeros_NG, LAST)
 
 
 # ---- on a CPU ------------------------------------------------------------------------------------
 
 
 def by_chunks(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0) -> jax.Array:
-    """`matmul` without zeros, some outputs at a time, whose numbers never leave the cache.
+    """`matmul` without zeros, float32, some outputs at a time, whose numbers never leave the cache.
 
     All at once, XLA writes them to memory in float32 and reads them back: seven times as long as
     float32 weights take, where chunks take half.
     """
     if w_NK.dtype == jnp.uint8 and block % 2:
-        return plain(x_RK, w_NK, sw, block=block)
+        return plain(x_RK.astype(jnp.float32), w_NK, sw, block=block)
     (R, K), N = x_RK.shape, len(w_NK)
     C = min(N, max(FEWEST, 1 << (CACHED // K).bit_length() >> 1))
     chunks = -(-N // C)
-    x_RK, dtype = x_RK.astype(jnp.float32), x_RK.dtype
+    x_RK = x_RK.astype(jnp.float32)
     if w_NK.dtype == jnp.uint8:  # the two levels of a byte apart: each meets every second input
         x_RK = jnp.pad(x_RK, ((0, 0), (0, K % 2)))
         parts = [x_RK[:, ::2], x_RK[:, 1::2]]
@@ -127,4 +129,4 @@ def by_chunks(x_RK: jax.Array, w_NK: jax.Array, sw: jax.Array, *, block: int = 0
     y_NR = lax.map(one, starts)
     last = y_NR[-1, chunks * C - N :]
     y_NR = jnp.concatenate([y_NR[:-1].reshape(-1, R), last])
-    return y_NR.T.astype(dtype)
+    return y_NR.T

@@ -56,9 +56,12 @@ def test_a_cpu_computes_what_levels_zeros_and_scales_mean(R, N, K, group, bits, 
     wide = lambda a: np.repeat(np.float64(a).reshape(N, -1), group or K, axis=1)[:, :K]  # noqa: E731
     w = (levels - (wide(zero) if zeros else 0)) * wide(scales)
     held = nibbles.packed(jnp.asarray(levels)) if bits == 4 else jnp.asarray(levels)
-    y = weight_only.matmul(jnp.asarray(x), held, jnp.asarray(scales), zero, block=group)
-    off = np.abs(np.float64(y) - x @ w.T)
-    assert (off <= 3e-6 * (np.abs(x) @ np.abs(w).T)).all()
+    for dtype, half in ((jnp.float32, 0), (jnp.bfloat16, 2**-8)):
+        x_RK = jnp.asarray(x, dtype)
+        y = weight_only.matmul(x_RK, held, jnp.asarray(scales), zero, block=group)
+        product, terms = np.float64(x_RK) @ w.T, np.abs(np.float64(x_RK)) @ np.abs(w).T
+        off = np.abs(np.float64(y) - product)
+        assert y.dtype == dtype and (off <= half * np.abs(product) + 3e-6 * terms).all()
 
 
 def test_every_float8_is_read_as_the_number_that_it_is():
@@ -116,6 +119,23 @@ def test_products_are_those_of_levels_and_scales(R, bits, group):
     x, w, scales, levels = drawn(R, 512, 1024, bits, group)
     check(kernel.matmul(x, w, scales, group), x, levels, scales, group)
     assert group == 128 or not kernel.why_not(x, w, group)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [1, 5, 16])
+def test_zeros_are_taken_off_the_product(R):
+    """Of which the kernel rounds what level 0 would give."""
+    x, w, scales, levels = drawn(R, 512, 1024, 4, 64)
+    zeros = np.random.default_rng(1).uniform(-9, 9, scales.shape).astype(np.float16)
+    y = jax.jit(functools.partial(weight_only.matmul, block=64))(x, w, scales, zeros)
+    above, terms = right(x, levels, scales, 64)
+    product, more = right(x, levels - np.repeat(np.float64(zeros), 64, 1), scales, 64)
+    rounded = 2**-8 * (np.abs(above) + np.abs(product))
+    assert y.dtype == jnp.bfloat16
+    assert (np.abs(np.float64(y) - product) <= rounded + 1e-5 * (terms + more)).all()
+    twin = weight_only.plain(x, w, scales, jnp.asarray(zeros), block=64)
+    # The plain product rounds each number of the weight.
+    assert (np.abs(np.float64(twin) - product) <= rounded + 2**-8 * more).all()
 
 
 @pytest.mark.gpu
