@@ -1,6 +1,7 @@
 """fp8 with delayed scaling in whole steps: what is remembered, when, and that it learns."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from sharding import mesh as meshes
 from sharding.mesh import MeshConfig
 from tests.sharding.tiny import MODEL, batches, init, losses, run_of
 from tests.tolerance import assert_same
+from training import origin
 
 
 def rounding(name):
@@ -112,3 +114,9 @@ def test_stages_are_refused():
     run = dataclasses.replace(DELAYED, mesh=MeshConfig(stage=2))
     with pytest.raises(ValueError, match=r"scaling=delayed is not built with mesh\.stage=2"):
         check_split(run, 2)
+
+
+def test_the_weights_of_another_model_are_trained_in_the_runs_precision():
+    theirs = SimpleNamespace(cfg=dataclasses.replace(MODEL, layers=3), name="theirs")
+    model = origin._of(DELAYED, theirs).model
+    assert (model.layers, model.precision.name) == (3, "fp8_delayed")
