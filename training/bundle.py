@@ -51,6 +51,11 @@ class Bundle:
             kinds = {name: type(getattr(made, name)).__name__ for name in ("step", "state")}
             if set(kinds.values()) != {"int"}:
                 raise ValueError(f"step and state must be integers: {kinds}")
+            if not 0 <= made.state < made.step <= made.run.steps:
+                raise ValueError(
+                    f"state={made.state} and step={made.step} must be in order, from 0 to the "
+                    f"run's steps={made.run.steps}"
+                )
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{file} is no bundle of a run: {error}") from None
         return made

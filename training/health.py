@@ -32,6 +32,7 @@ class Health:
         self.first = self.last = 0  # of too many skipped steps in a row, once there were
         self.why, self.numbers = "", ("", "")  # of the last one; its loss and gradient norm
         self.found = ""  # by the second pass
+        self.skipping = False  # whether the newest step that was seen was skipped
         self._begun = self._looked = 0
 
     @property
@@ -43,6 +44,7 @@ class Health:
         """Whether to look again at a step, with these metrics, on the host, and samples: of its
         rows in this process. The first of a row of steps that were not finite is worth it."""
         in_row = int(metrics["in_row"])
+        self.skipping = in_row > 0
         if not in_row:
             return False
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -86,17 +88,24 @@ class Health:
     def forgive(self) -> None:
         """The run has gone back to where it was well."""
         self.first = self.last = 0
+        self.skipping = False
 
     def verdict(self) -> str:
         """Why the run ends, and what would help."""
         found = f"; first not finite: {self.found}" if self.found else ""
         spike = "gradient" not in self.why and "not finite" not in self.why
         lever = "a higher guard.spike" if spike else "a longer optim.warmup"
+        back = (
+            f"more than guard.rewind={self.cfg.rewind}, with a save from before step {self.first} "
+            f"kept (checkpoint.keep)"
+            if self.cfg.rewind
+            else "guard.rewind=1, to go on from an earlier save with later batches"
+        )
         return (
             f"steps {self.first} to {self.last} were skipped in a row (guard.stop={self.cfg.stop}):"
             f" at the last {self.why}{found}. Parameters and moments are as before step "
-            f"{self.first}; the samples are in {self.path}. A lower optim.lr, {lever} or "
-            f"guard.rewind=1, to go on from an earlier save with later batches, may help"
+            f"{self.first}; the samples are in {self.path}. A lower optim.lr, {lever} or {back}, "
+            f"may help"
         )
 
 

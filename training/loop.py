@@ -196,8 +196,14 @@ class Loop:
         self.progress.eval(row)
 
     def save(self, *, wait: bool) -> None:
-        """Save the state, `wait` for the disk; an error is told, and the exit code if it stays."""
+        """Save the state, `wait` for the disk; an error is told, and the exit code if it stays.
+
+        Not while steps are skipped, if the run may go back: such saves, of the same parameters,
+        would take the place of the one that it goes back to.
+        """
         self.log()
+        if self.health.skipping and self.rewinds < self.run.guard.rewind and not wait:
+            return
         note = {
             "run": to_json(self.run), "data": self.text.loader.state(), "tokens": self.tokens,
             "rewinds": self.rewinds, "began": self.began,

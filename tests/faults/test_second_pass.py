@@ -136,3 +136,10 @@ def test_what_is_no_bundle_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["replay"])
     with pytest.raises(ValueError, match="write one bundle"):
         replay.main()
+
+
+@pytest.mark.parametrize(("step", "state"), [(10**20, 0), (5, 5), (5, -1)])
+def test_a_bundle_of_steps_that_a_run_cannot_have_is_not_repeated_for_ever(step, state, tmp_path):
+    made = Bundle(step, "", "", "", "", [], 0, Run(), 1, "", state, "")
+    with pytest.raises(ValueError, match=f"state={state} and step={step} must be in order"):
+        Bundle.read(made.write(tmp_path))

@@ -12,9 +12,10 @@ import train
 from configs.load import load
 from configs.run import WINDOW, GuardConfig, Run
 from model.transformer import Transformer
+from monitor.progress import Progress
 from tests.training.conftest import Recorded
 from training.guard import Guard, rewound
-from training.health import reason
+from training.health import Health, reason
 
 POISON = 120  # "x", which stands in no document of the tiny run
 
@@ -146,17 +147,32 @@ def test_so_many_in_a_row_end_the_run_with_code_3_saved_and_it_can_go_on(poisone
 
 
 @pytest.mark.slow
-def test_a_run_may_go_back_to_a_save_and_past_the_batches_instead(poisoned, command_line):
+@pytest.mark.parametrize(("every", "keep", "to"), [(4, 9, 4), (1, 2, 6)])
+def test_a_run_may_go_back_to_a_save_and_past_the_batches_instead(
+    every, keep, to, poisoned, command_line
+):
+    """Saves of skipped steps do not take the place of the one to which it goes back."""
     ended = command_line(
-        *QUICK, "--config.guard.stop=2", "--config.guard.rewind=1", "--config.log.every=1",
-        at=poison(7, 8),
+        *QUICK, "--config.guard.stop=3", "--config.guard.rewind=1", "--config.log.every=1",
+        f"--config.checkpoint.every={every}", f"--config.checkpoint.keep={keep}",
+        at=poison(7, 8, 9),
     )  # fmt: skip
     assert ended.code == 0, ended.err
-    (told,) = re.findall(r"rewound    to the state of step 4, past .* step (\d+)", ended.out)
+    (told,) = re.findall(rf"rewound    to the state of step {to}, past .* step (\d+)", ended.out)
     back = int(told)
-    assert params(ended, back) == params(ended, 4)
-    assert ended.rows()[12]["skipped"] == back - 4 and list(ended.rows()) == [*range(1, 13)]
+    if keep > 2:
+        assert params(ended, back) == params(ended, to)
+    assert ended.rows()[12]["skipped"] == back - to and list(ended.rows()) == [*range(1, 13)]
     assert len(set(ended.samples())) == len(ended.samples())
+
+
+def test_a_run_that_could_not_go_back_is_not_told_to_try(tmp_path):
+    for rewind, advice in (
+        (0, "guard.rewind=1, to go on from an earlier save with later batches, may help"),
+        (1, "more than guard.rewind=1, with a save from before step 0 kept (checkpoint.keep), may"),
+    ):
+        found = Health(GuardConfig(rewind=rewind), tmp_path, Progress(9, 0, main=False))
+        assert advice in found.verdict()
 
 
 @pytest.mark.slow
