@@ -162,6 +162,17 @@ def parameters(cfg: ModelConfig, shapes: Any, roles: Any) -> Any:
     return jax.tree.map_with_path(leaf, shapes, roles)
 
 
+def nudged(start: Any, seed: int) -> Any:
+    """Parameters up or down by their last bit, at random."""
+    draw = np.random.default_rng(seed)
+
+    def leaf(values: np.ndarray) -> np.ndarray:
+        way = np.where(draw.integers(0, 2, values.shape), np.inf, -np.inf).astype(values.dtype)
+        return np.where(values == 0, values, np.nextafter(values, way))
+
+    return jax.tree.map(leaf, start)
+
+
 def _router(
     draw: np.random.Generator, normal: np.ndarray, directions_DE: np.ndarray, arch: Arch
 ) -> np.ndarray:

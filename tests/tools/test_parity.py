@@ -96,6 +96,34 @@ def test_a_mixture_passes(capsys):
     assert run("--family=mixtral", "--devices=2", "--meshes=fsdp=2", "--steps=1") == 0
 
 
+def test_rounded_matmuls_may_differ_as_much_as_their_last_bits_make_them():
+    right = tool.Reference(None, None, None, [2.0], 0.1, {"loss": 1e-7, "gradients": 0.01})
+    assert right.within == {"loss": tool.ROUNDED, "gradients": tool.SWAYS * 0.01}
+
+    def passes(**found):
+        return tool.Row({}, found, {}, {}, within=right.within).passed
+
+    assert passes(loss=9e-4, gradients=0.029)
+    assert not passes(loss=1.1e-3, gradients=0.0) and not passes(loss=0.0, gradients=0.031)
+    assert not passes(loss=0.0, gradients=float("nan"))
+    assert not tool.Row({}, {"loss": 2e-5}, {}, {}).passed
+
+
+def test_a_nudge_is_one_bit_up_or_down():
+    values = np.array([[0.0, 1.0, -3.0, 1e-3]] * 50, np.float32)
+    (nudged,) = shrunk.nudged([values], 0)
+    assert (nudged[:, 0] == 0).all() and nudged.dtype == np.float32
+    bits = (nudged[:, 1:].view(np.int32) - values[:, 1:].view(np.int32)).ravel()
+    assert set(bits.tolist()) == {-1, 1}
+
+
+@pytest.mark.slow
+def test_a_run_in_8_bits_tells_how_far_its_last_bits_move_it(capsys):
+    assert run("--config.precision=fp8", "--devices=2", "--meshes=fsdp=2", "--steps=1") == 0
+    said = r"with other last bits of the first it changes loss by \S+, gradients by \S+, param"
+    assert re.search(said, capsys.readouterr().out)
+
+
 def test_one_wrong_copy_is_a_difference_though_the_first_is_right():
     mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
     right = np.arange(6, dtype=np.float32)
