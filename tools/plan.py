@@ -278,6 +278,11 @@ def asked(plan: Plan, attends: bool) -> str:
     return "\n".join(found)
 
 
+def say(text: str) -> None:
+    """What takes time now, beside the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def main(recipe: Run) -> int:
     """Count, compile, tell."""
     with command.user_input():
@@ -287,6 +292,8 @@ def main(recipe: Run) -> int:
     rate = measured_matmul_rate(run.model.dtype) / target.count if target.platform == "cpu" else 0.0
     trace = tracer(target.platform)
     searched = Search(target, trace, rate)
+    if FLAGS.search:
+        say(f"trying meshes, remats, micro-batches: {searched.limit_s:.0f} s of CPU time")
     best, told = searched.best(run) if FLAGS.search else [], []
     if best and (refused := search.refused(run, target)):
         told.append(f"As it is, it cannot be split over {target.name}: {refused}\nSo this is with "
@@ -296,6 +303,8 @@ def main(recipe: Run) -> int:
         plan = searched.count(run)
     if FLAGS.compile and not FLAGS.search and not targets.missing(target):
         plan = plans.compile_for(plan, trace)
+    if not plan.fits:
+        say("it does not fit: looking for the smallest change that makes it fit")
     better = None if plan.fits else searched.smallest_change(run)
     told += [head(plan), memory(plan)]
     if not plan.fits:
