@@ -16,8 +16,7 @@ HARD = ["--config=a.py:8B", "--workdir=/a folder/$HOME", '--config.sample.prompt
 
 # Python that tells what it was called with, and ends as it is told.
 PYTHON = """#!/usr/bin/env bash
-printf '%s\\0' "$PWD" "$@" >> "$CALLS/python"
-printf '\\n' >> "$CALLS/python"
+printf '%s\\0' "$PWD" "$@" > "$(mktemp "$CALLS/python.XXXXXX")"
 exit "${CODE:-0}"
 """
 RUN = """#!/usr/bin/env bash
@@ -71,10 +70,7 @@ class Cluster:
 
     def trained(self) -> list[list[str]]:
         """Of each call of Python its folder and its arguments."""
-        if not (self.calls / "python").exists():
-            return []
-        lines = (self.calls / "python").read_text().split("\0\n")
-        return [line.split("\0") for line in lines if line]
+        return [path.read_text().split("\0")[:-1] for path in self.calls.glob("python.*")]
 
     def told(self) -> str:
         """What the other stand-ins were called with."""
