@@ -114,7 +114,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("kind", mostly_slow(DAMAGES, "a bit flipped", "NaN in parameters"))
+@pytest.mark.parametrize("kind", mostly_slow(DAMAGES, "a bit flipped"))
 def test_the_run_goes_on_from_the_save_before_and_ends_as_if_undamaged(
     finished, run, command_line, kind
 ):

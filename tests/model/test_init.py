@@ -12,6 +12,7 @@ from model import transformer
 from model.config import Arch, Attention, Head, Init, ModelConfig, Norm
 from sharding import mesh as meshes
 from sharding.layout import Layout
+from tests.marks import mostly_slow
 from tests.meshes import hybrid
 from tests.model.tiny import WHOLE
 
@@ -81,7 +82,7 @@ SPLIT = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", mostly_slow([(1, 8, 1), (2, 2, 2)], (2, 2, 2)))
 def test_a_mesh_makes_the_same_values_each_device_only_its_part(one_device, sizes):
     alone = jax.device_get(init(SPLIT))
     mesh = meshes.make(hybrid(*sizes))

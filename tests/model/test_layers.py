@@ -46,12 +46,7 @@ def kept_all(mesh):
 @pytest.mark.parametrize(
     ("remat", "unroll"),
     [
-        ("attention", 1),
-        *(
-            pytest.param(remat, 1, marks=pytest.mark.slow)
-            for remat in REMATS
-            if remat != "attention"
-        ),
+        *(pytest.param(remat, 1, marks=pytest.mark.slow) for remat in REMATS),
         pytest.param("none", 2, marks=pytest.mark.slow),
         ("dots", 2),
     ],
