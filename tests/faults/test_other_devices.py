@@ -30,7 +30,8 @@ def mixture(recipe, tmp_path) -> tuple[str, ...]:
         (other / f"{i:02}.txt").write_text(f"{i} {' '.join(words)}")
     return (
         f"--config.data.sources={recipe.parent / 'corpus'},{other}", "--config.data.weights=1,3",
-        "--config.data.seq=64", f"--config.steps={STEPS}", "--config.log.every=1",
+        "--config.model.layers=2", "--config.data.seq=64", f"--config.steps={STEPS}",
+        "--config.log.every=1",
         "--config.checkpoint.every=0", "--config.eval.every=0", "--config.eval.bytes=1",
         "--config.sample.tokens=0", f"--config.seed={SEED}",
     )  # fmt: skip
